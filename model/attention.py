@@ -1,0 +1,225 @@
+"""Multi-head latent attention with the lightning indexer, over pages.
+
+Every token leaves two things in a layer's pages: the latent c with the shared rotated key k_pe (what attention
+reads) and an index key (what the indexer scores). A query then runs in one of three forms that give the same
+numbers up to rounding:
+
+    everything visible   context <= index_topk (or dense mode): no selection is needed
+    absorbed, sparse     the indexer's choice is gathered by slot; k and v stay latents
+    expanded, masked     k and v are expanded once for many queries; the choice is a mask (short prompts)
+
+Shapes: T rows, H heads, N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import Backend
+from kernels.dense_mla import dense_mla
+from kernels.masked_mha import masked_mha
+from kernels.norm import rms_norm
+from kernels.rope import apply_rope
+from kernels.sparse_mla import sparse_mla
+from model.checkpoint import Weights
+from model.config import ModelConfig
+from model.indexer import Indexer
+from model.inputs import PAGE_SIZE, ForwardInputs
+from model.pages import LayerPages
+
+AttentionMode = Literal["sparse", "dense"]
+
+# Expanding k and v pays from this many queries on one context; fewer run absorbed.
+MIN_EXPANDED_ROWS = 16
+
+
+def expanded_limit(config: ModelConfig) -> int:
+    """Context up to which expanded attention under a mask takes less arithmetic than absorbed over index_topk.
+
+    Equates 2 H (Q + V) L with 2 H (2 C + R) index_topk; 6,963 tokens for V3.2.
+    """
+    absorbed = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    return config.index_topk * absorbed // (config.qk_head_dim + config.v_head_dim)
+
+
+class Attention:
+    """One layer's attention."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, prefix: str, mode: AttentionMode, backend: Backend
+    ) -> None:
+        self._config, self._mode, self._backend = config, mode, backend
+        self._expanded_limit = expanded_limit(config)
+        self.indexer = Indexer(config, weights, f"{prefix}.indexer", backend)
+        # Projections that read the same input run as one product.
+        self._from_hidden = torch.cat(
+            [
+                weights.take(f"{prefix}.q_a_proj.weight"),
+                weights.take(f"{prefix}.kv_a_proj_with_mqa.weight"),
+                weights.take(f"{prefix}.indexer.wk.weight"),
+            ]
+        )
+        self._from_q_latent = torch.cat(
+            [weights.take(f"{prefix}.q_b_proj.weight"), weights.take(f"{prefix}.indexer.wq_b.weight")]
+        )
+        self._q_norm = weights.take(f"{prefix}.q_a_layernorm.weight")
+        self._kv_norm = weights.take(f"{prefix}.kv_a_layernorm.weight")
+        self._o_proj = weights.take(f"{prefix}.o_proj.weight")
+        self._kv_b = weights.take(f"{prefix}.kv_b_proj.weight")
+        per_head = self._kv_b.unflatten(0, (config.num_attention_heads, -1))
+        self._w_uk = per_head[:, : config.qk_nope_head_dim].contiguous()  # [H, N, C]
+        self._w_uv = per_head[:, config.qk_nope_head_dim :].transpose(1, 2).contiguous()  # [H, C, V]
+
+    def forward(
+        self,
+        x: Tensor,
+        inputs: ForwardInputs,
+        angles: tuple[Tensor, Tensor],
+        pages: LayerPages,
+        selected: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Attend, after writing the rows' own latents and index keys.
+
+        Args:
+            x: [T, D], normalised hidden states.
+            angles: cos and sin of the rows' positions, [T, R/2] float32.
+            selected: where given, receives [T, index_topk] int32 positions that each row attends to.
+
+        Returns:
+            [T, D] in x's dtype.
+        """
+        config = self._config
+        q_latent, c, k_pe, index_k = F.linear(x, self._from_hidden).split(
+            [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim], dim=-1
+        )
+        q_latent = rms_norm(q_latent, self._q_norm, config.rms_norm_eps, backend=self._backend)
+        c = rms_norm(c, self._kv_norm, config.rms_norm_eps, backend=self._backend)
+        k_pe = apply_rope(k_pe, *angles, interleaved=True, backend=self._backend)
+        pages.write_latents(inputs.slots, c, k_pe)
+        self.indexer.write_keys(index_k, inputs, angles, pages)
+
+        num_q = config.num_attention_heads * config.qk_head_dim
+        q, index_q = F.linear(q_latent, self._from_q_latent).split(
+            [num_q, config.index_n_heads * config.index_head_dim], dim=-1
+        )
+        q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_pe = apply_rope(q_pe, *angles, interleaved=True, backend=self._backend)
+
+        chosen = self._choose(x, index_q, inputs, angles, pages)
+        if selected is not None:
+            selected.append(self._as_positions(chosen, inputs))
+        heads = self._attend(q_nope, q_pe, chosen, inputs, pages)
+        return F.linear(heads.flatten(1), self._o_proj)
+
+    def _choose(
+        self,
+        x: Tensor,
+        index_q: Tensor,
+        inputs: ForwardInputs,
+        angles: tuple[Tensor, Tensor],
+        pages: LayerPages,
+    ) -> list[Tensor | None]:
+        """For each sequence the positions its rows attend to, [rows, index_topk] int32, or None for all."""
+        needs = [
+            self._mode == "sparse" and segment.kv_len > self._config.index_topk for segment in inputs.segments
+        ]
+        if not any(needs):
+            return [None] * len(needs)
+        queries = self.indexer.queries(x, index_q, angles, pages)
+        return [
+            self.indexer.select(queries, sequence, inputs, pages) if needed else None
+            for sequence, needed in enumerate(needs)
+        ]
+
+    def _attend(
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        chosen: list[Tensor | None],
+        inputs: ForwardInputs,
+        pages: LayerPages,
+    ) -> Tensor:
+        """[T, H, V]: each sequence in the form that suits it; all sparse rows together."""
+        out = q_nope.new_empty(*q_nope.shape[:2], self._config.v_head_dim)
+        sparse_rows, sparse_slots = [], []
+        for sequence, (segment, selection) in enumerate(zip(inputs.segments, chosen, strict=True)):
+            rows = slice(segment.start, segment.stop)
+            many = segment.num_rows >= MIN_EXPANDED_ROWS
+            if many and (selection is None or segment.kv_len <= self._expanded_limit):
+                latents = pages.read_latents(inputs.slots_of(sequence)).to(q_nope.dtype)
+                out[rows] = self._expanded(q_nope[rows], q_pe[rows], latents, inputs.visible[rows], selection)
+            elif selection is None:
+                latents = pages.read_latents(inputs.slots_of(sequence))
+                out[rows] = self._absorbed_dense(q_nope[rows], q_pe[rows], latents, inputs.visible[rows])
+            else:
+                sparse_rows.append(torch.arange(segment.start, segment.stop, device=out.device))
+                sparse_slots.append(slots_of_positions(selection, inputs.page_table[sequence]))
+        if sparse_rows:
+            rows_T = torch.cat(sparse_rows)
+            out[rows_T] = self._absorbed_sparse(q_nope[rows_T], q_pe[rows_T], torch.cat(sparse_slots), pages)
+        return out
+
+    def _expanded(
+        self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, visible: Tensor, selection: Tensor | None
+    ) -> Tensor:
+        config = self._config
+        c, k_pe = latents.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        expanded = F.linear(c, self._kv_b).unflatten(-1, (config.num_attention_heads, -1))
+        k_nope, v = expanded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, config.num_attention_heads, -1)], dim=-1)
+        q = torch.cat([q_nope, q_pe], dim=-1)
+        return masked_mha(q, k, v, visible, selection, config.softmax_scale, backend=self._backend)
+
+    def _absorbed_dense(self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, visible: Tensor) -> Tensor:
+        config = self._config
+        q = self._absorb(q_nope, q_pe)
+        out = dense_mla(q, latents, visible, config.softmax_scale, config.kv_lora_rank, backend=self._backend)
+        return self._leave_latent_space(out)
+
+    def _absorbed_sparse(self, q_nope: Tensor, q_pe: Tensor, slots: Tensor, pages: LayerPages) -> Tensor:
+        config = self._config
+        q = self._absorb(q_nope, q_pe)
+        out = sparse_mla(
+            q, pages.read_latents, slots, config.softmax_scale, config.kv_lora_rank, backend=self._backend
+        )
+        return self._leave_latent_space(out)
+
+    def _absorb(self, q_nope: Tensor, q_pe: Tensor) -> Tensor:
+        """[T, H, C + R]: queries that can be compared with latents."""
+        q_c = torch.bmm(q_nope.transpose(0, 1), self._w_uk).transpose(0, 1)
+        return torch.cat([q_c, q_pe], dim=-1)
+
+    def _leave_latent_space(self, out: Tensor) -> Tensor:
+        """[T, H, C] to [T, H, V]."""
+        return torch.bmm(out.transpose(0, 1), self._w_uv).transpose(0, 1)
+
+    def _as_positions(self, chosen: list[Tensor | None], inputs: ForwardInputs) -> Tensor:
+        """[T, index_topk] int32, -1 padded, with "all visible" spelled out; for looking inside.
+
+        In dense mode only the first index_topk positions of a row fit.
+        """
+        k = self._config.index_topk
+        positions = torch.arange(k, dtype=torch.int32, device=inputs.positions.device)
+        everything = positions.masked_fill(positions >= inputs.visible.unsqueeze(1), -1)
+        for segment, selection in zip(inputs.segments, chosen, strict=True):
+            if selection is not None:
+                everything[segment.start : segment.stop] = selection
+        return everything
+
+
+def slots_of_positions(positions: Tensor, page_row: Tensor) -> Tensor:
+    """Translate positions of one sequence through its row of the page table.
+
+    Args:
+        positions: [T, K] int32, -1 for unused.
+        page_row: [max_pages] int64.
+
+    Returns:
+        [T, K] int64 slots, -1 for unused.
+    """
+    known = positions.long().clamp_min(0)
+    slots = page_row[known // PAGE_SIZE] * PAGE_SIZE + known % PAGE_SIZE
+    return slots.masked_fill_(positions < 0, -1)

@@ -1,0 +1,194 @@
+"""The model: embedding, decoder layers, head, and the multi-token-prediction module.
+
+Reads from top to bottom like the paper. `forward` returns hidden states after the final norm; `logits` and the
+MTP module both start from them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import Backend
+from kernels.norm import add_rms_norm, rms_norm
+from model.attention import Attention, AttentionMode
+from model.checkpoint import Weights
+from model.config import ModelConfig
+from model.inputs import ForwardInputs
+from model.moe import Experts, FeedForward, MoE
+from model.pages import LayerPages, PageCache
+from model.rope import rope_angles, rope_frequencies
+
+DTypeName = Literal["float32", "bfloat16"]
+DTYPES: dict[DTypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Trace:
+    """What a forward pass chose, layer by layer, for those who want to look inside.
+
+    `selected`: [T, index_topk] int32 positions, -1 padded; `routed`: [T, k] int64 experts of the MoE layers.
+    """
+
+    selected: list[Tensor] = field(default_factory=list)
+    routed: list[Tensor] = field(default_factory=list)
+
+
+class DecoderLayer:
+    """h += attention(norm(h)); h += feed_forward(norm(h))."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        layer: int,
+        experts: Experts,
+        mode: AttentionMode,
+        backend: Backend,
+    ) -> None:
+        prefix = f"model.layers.{layer}"
+        self._eps, self._backend = config.rms_norm_eps, backend
+        self._input_norm = weights.take(f"{prefix}.input_layernorm.weight")
+        self._post_norm = weights.take(f"{prefix}.post_attention_layernorm.weight")
+        self.attention = Attention(config, weights, f"{prefix}.self_attn", mode, backend)
+        self._dense = FeedForward(weights, f"{prefix}.mlp", backend) if config.is_dense(layer) else None
+        self._moe = None if self._dense else MoE(config, weights, layer, experts, backend)
+
+    def forward(
+        self,
+        update: Tensor | None,
+        residual: Tensor,
+        inputs: ForwardInputs,
+        angles: tuple[Tensor, Tensor],
+        pages: LayerPages,
+        trace: Trace | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One layer.
+
+        Args:
+            update: [T, D], what the previous layer adds to the residual stream and has not added yet.
+            residual: [T, D].
+
+        Returns:
+            This layer's last update and the residual stream before it: the sum is the next norm's to make.
+        """
+        if update is None:
+            x = rms_norm(residual, self._input_norm, self._eps, backend=self._backend)
+        else:
+            x, residual = add_rms_norm(update, residual, self._input_norm, self._eps, backend=self._backend)
+        update = self.attention.forward(x, inputs, angles, pages, trace.selected if trace else None)
+        x, residual = add_rms_norm(update, residual, self._post_norm, self._eps, backend=self._backend)
+        if self._dense:
+            return self._dense.forward(x), residual
+        assert self._moe
+        return self._moe.forward(x, trace.routed if trace else None), residual
+
+
+class MTP:
+    """The multi-token-prediction module: drafts the token after the next one.
+
+    For position i, with the main model's hidden state h_i (after its final norm) and token t_{i+1}:
+    u = eh_proj([enorm(embed(t_{i+1})), hnorm(h_i)]), one decoder layer with pages of its own, shared_head.norm,
+    head. Its own output in place of h_i, and its draft in place of t_{i+1}, draft one token further.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        experts: Experts,
+        mode: AttentionMode,
+        backend: Backend,
+    ) -> None:
+        layer = config.num_hidden_layers
+        prefix = f"model.layers.{layer}"
+        self._eps, self._backend = config.rms_norm_eps, backend
+        self._enorm = weights.take(f"{prefix}.enorm.weight")
+        self._hnorm = weights.take(f"{prefix}.hnorm.weight")
+        self._eh_proj = weights.take(f"{prefix}.eh_proj.weight")
+        self._layer = DecoderLayer(config, weights, layer, experts, mode, backend)
+        self._norm = weights.take(f"{prefix}.shared_head.norm.weight")
+
+    def forward(
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        inputs: ForwardInputs,
+        angles: tuple[Tensor, Tensor],
+        pages: LayerPages,
+        trace: Trace | None,
+    ) -> Tensor:
+        """[T, D] hidden states after shared_head.norm from embeddings of the next tokens and h, both [T, D]."""
+        embedded = rms_norm(embedded, self._enorm, self._eps, backend=self._backend)
+        hidden = rms_norm(hidden, self._hnorm, self._eps, backend=self._backend)
+        residual = F.linear(torch.cat([embedded, hidden], dim=-1), self._eh_proj)
+        update, residual = self._layer.forward(None, residual, inputs, angles, pages, trace)
+        return add_rms_norm(update, residual, self._norm, self._eps, backend=self._backend)[0]
+
+
+class Decoder:
+    """A DeepSeek-V3.2-class model without its routed experts, which `experts` computes."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        experts: Experts,
+        *,
+        mode: AttentionMode = "sparse",
+        backend: Backend = "reference",
+    ) -> None:
+        self.config, self._backend = config, backend
+        self._embedding = weights.take("model.embed_tokens.weight")
+        self._head = weights.take("lm_head.weight").float()
+        self._norm = weights.take("model.norm.weight")
+        self.layers = [
+            DecoderLayer(config, weights, layer, experts, mode, backend)
+            for layer in range(config.num_hidden_layers)
+        ]
+        self._mtp = MTP(config, weights, experts, mode, backend) if config.num_nextn_predict_layers else None
+        self._frequencies = rope_frequencies(config).to(self._embedding.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding.dtype
+
+    @property
+    def can_draft(self) -> bool:
+        return self._mtp is not None
+
+    def forward(self, inputs: ForwardInputs, cache: PageCache, trace: Trace | None = None) -> Tensor:
+        """Run the rows through every layer, filling their pages.
+
+        Returns:
+            [T, D] hidden states after the final norm.
+        """
+        angles = rope_angles(self._frequencies, inputs.positions)
+        update, residual = None, self._embedding[inputs.token_ids]
+        for layer, pages in zip(self.layers, cache.layers, strict=False):
+            update, residual = layer.forward(update, residual, inputs, angles, pages, trace)
+        assert update is not None
+        return add_rms_norm(update, residual, self._norm, self.config.rms_norm_eps, backend=self._backend)[0]
+
+    def draft(
+        self, inputs: ForwardInputs, hidden: Tensor, cache: PageCache, trace: Trace | None = None
+    ) -> Tensor:
+        """Run the MTP module over rows whose next token is known, filling its pages.
+
+        Args:
+            inputs: row of position i carries token t_{i+1}.
+            hidden: [T, D], h_i of `forward` (or this module's own output, to draft one token further).
+
+        Returns:
+            [T, D]; `logits` of it are those of token t_{i+2}.
+        """
+        assert self._mtp, "the checkpoint has no MTP module"
+        angles = rope_angles(self._frequencies, inputs.positions)
+        embedded = self._embedding[inputs.token_ids]
+        return self._mtp.forward(embedded, hidden, inputs, angles, cache.layers[-1], trace)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, vocab] float32 from hidden states [R, D]; computed in fp32."""
+        return F.linear(hidden.float(), self._head)

@@ -1,0 +1,129 @@
+"""The feed-forward parts: dense FFN, gate, routed experts and the shared expert.
+
+The gate makes a `DispatchPlan`; whoever holds the experts returns one weighted sum a token, in expert order.
+In one process that is `LocalExperts`; on a cluster it is the expert pool. Shapes: T tokens, D width, I inner
+width, E experts, k experts a token.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import Backend
+from kernels.gate_topk import gate_topk
+from kernels.grouped_gemm import grouped_experts
+from kernels.swiglu import swiglu
+from model.checkpoint import Weights
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Where each token goes: experts [T, k] int64, ascending in a row, and their weights [T, k] float32."""
+
+    experts: Tensor
+    weights: Tensor
+
+
+class Experts(Protocol):
+    """Whoever computes the routed experts of all layers."""
+
+    def forward(self, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
+        """[T, D] float32: for each token of x [T, D] the weighted sum of its experts, in expert order."""
+        ...
+
+
+class FeedForward:
+    """SwiGLU: W_down(silu(W_gate x) * (W_up x))."""
+
+    def __init__(self, weights: Weights, prefix: str, backend: Backend) -> None:
+        self._backend = backend
+        self._gate_up = torch.cat(
+            [weights.take(f"{prefix}.gate_proj.weight"), weights.take(f"{prefix}.up_proj.weight")]
+        )
+        self._down = weights.take(f"{prefix}.down_proj.weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] to [T, D]."""
+        return F.linear(swiglu(F.linear(x, self._gate_up), backend=self._backend), self._down)
+
+
+class Gate:
+    """The router of a MoE layer."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, backend: Backend) -> None:
+        self._config, self._backend = config, backend
+        self._weight = weights.take(f"{prefix}.weight")
+        self._bias = weights.take(f"{prefix}.e_score_correction_bias")
+
+    def forward(self, x: Tensor) -> DispatchPlan:
+        """Route [T, D]; scores in fp32 whatever x is."""
+        config = self._config
+        experts, weights = gate_topk(
+            F.linear(x.float(), self._weight),
+            self._bias,
+            num_groups=config.n_group,
+            topk_group=config.topk_group,
+            k=config.num_experts_per_tok,
+            normalize=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+            backend=self._backend,
+        )
+        return DispatchPlan(experts, weights)
+
+
+class LocalExperts:
+    """A contiguous range of the routed experts of every MoE layer, in this process."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, experts: range, backend: Backend) -> None:
+        self._first, self._backend = experts.start, backend
+        self._gate_up: dict[int, Tensor] = {}  # layer -> [e, 2 I, D]
+        self._down: dict[int, Tensor] = {}  # layer -> [e, D, I]
+        for layer in range(config.num_cached_layers):
+            if config.is_dense(layer):
+                continue
+            names = [f"model.layers.{layer}.mlp.experts.{expert}" for expert in experts]
+            self._gate_up[layer] = torch.stack(
+                [
+                    torch.cat(
+                        [weights.take(f"{name}.gate_proj.weight"), weights.take(f"{name}.up_proj.weight")]
+                    )
+                    for name in names
+                ]
+            )
+            self._down[layer] = torch.stack([weights.take(f"{name}.down_proj.weight") for name in names])
+
+    def forward(self, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
+        """[T, D] float32: the share of the weighted sum that the experts held here make."""
+        return grouped_experts(
+            x,
+            plan.experts,
+            plan.weights,
+            self._gate_up[layer],
+            self._down[layer],
+            self._first,
+            backend=self._backend,
+        )
+
+
+class MoE:
+    """Gate, shared expert, and the routed experts wherever they are."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, layer: int, experts: Experts, backend: Backend
+    ) -> None:
+        prefix = f"model.layers.{layer}.mlp"
+        self._layer, self._experts = layer, experts
+        self.gate = Gate(config, weights, f"{prefix}.gate", backend)
+        self._shared = FeedForward(weights, f"{prefix}.shared_experts", backend)
+
+    def forward(self, x: Tensor, routed: list[Tensor] | None = None) -> Tensor:
+        """[T, D] to [T, D]; `routed`, where given, receives the experts [T, k] int64 of each token."""
+        plan = self.gate.forward(x)
+        if routed is not None:
+            routed.append(plan.experts)
+        total = self._experts.forward(self._layer, x, plan)
+        return total.add_(self._shared.forward(x).float()).to(x.dtype)
