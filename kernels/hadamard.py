@@ -34,7 +34,7 @@ def hadamard_reference(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def hadamard_matrix(dim: int, device: torch.device) -> Tensor:
-    """H_dim / sqrt(dim), [dim, dim] float32; symmetric, so it does not matter from which side it multiplies."""
+    """H_dim / sqrt(dim), [dim, dim] float32; symmetric, so the side does not matter."""
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < dim:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)

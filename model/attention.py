@@ -1,8 +1,8 @@
 """Multi-head latent attention with the lightning indexer, over pages.
 
-Every token leaves two things in a layer's pages: the latent c with the shared rotated key k_pe (what attention
-reads) and an index key (what the indexer scores). A query then runs in one of three forms that give the same
-numbers up to rounding:
+Every token leaves two things in a layer's pages: the latent c with the shared rotated key k_pe (what
+attention reads) and an index key (what the indexer scores). A query then runs in one of three forms that
+give the same numbers up to rounding:
 
     everything visible   context <= index_topk (or dense mode): no selection is needed
     absorbed, sparse     the indexer's choice is gathered by slot; k and v stay latents
@@ -36,7 +36,7 @@ MIN_EXPANDED_ROWS = 16
 
 
 def expanded_limit(config: ModelConfig) -> int:
-    """Context up to which expanded attention under a mask takes less arithmetic than absorbed over index_topk.
+    """Context up to which expanded attention under a mask takes less arithmetic than sparse absorbed.
 
     Equates 2 H (Q + V) L with 2 H (2 C + R) index_topk; 6,963 tokens for V3.2.
     """

@@ -1,7 +1,7 @@
 """The model: embedding, decoder layers, head, and the multi-token-prediction module.
 
-Reads from top to bottom like the paper. `forward` returns hidden states after the final norm; `logits` and the
-MTP module both start from them.
+Reads from top to bottom like the paper. `forward` returns hidden states after the final norm; `logits` and
+the MTP module both start from them.
 """
 
 from dataclasses import dataclass, field
@@ -90,8 +90,9 @@ class MTP:
     """The multi-token-prediction module: drafts the token after the next one.
 
     For position i, with the main model's hidden state h_i (after its final norm) and token t_{i+1}:
-    u = eh_proj([enorm(embed(t_{i+1})), hnorm(h_i)]), one decoder layer with pages of its own, shared_head.norm,
-    head. Its own output in place of h_i, and its draft in place of t_{i+1}, draft one token further.
+    u = eh_proj([enorm(embed(t_{i+1})), hnorm(h_i)]), one decoder layer with pages of its own,
+    shared_head.norm, head. Its own output in place of h_i, and its draft in place of t_{i+1}, draft one
+    token further.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class MTP:
         pages: LayerPages,
         trace: Trace | None,
     ) -> Tensor:
-        """[T, D] hidden states after shared_head.norm from embeddings of the next tokens and h, both [T, D]."""
+        """[T, D] hidden states after shared_head.norm, from the next tokens' embeddings and h, both [T, D]."""
         embedded = rms_norm(embedded, self._enorm, self._eps, backend=self._backend)
         hidden = rms_norm(hidden, self._hnorm, self._eps, backend=self._backend)
         residual = F.linear(torch.cat([embedded, hidden], dim=-1), self._eh_proj)

@@ -62,7 +62,7 @@ class Indexer:
     def select(
         self, queries: IndexQueries, sequence: int, inputs: ForwardInputs, pages: LayerPages
     ) -> Tensor:
-        """The positions that one sequence's rows attend to, [rows, index_topk] int32, ascending, -1 padded."""
+        """What one sequence's rows attend to: positions [rows, index_topk] int32, ascending, -1 padded."""
         segment = inputs.segments[sequence]
         keys, scales = pages.read_index_keys(inputs.pages_of(sequence))
         keys, scales = keys[: segment.kv_len], None if scales is None else scales[: segment.kv_len]

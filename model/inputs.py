@@ -1,4 +1,4 @@
-"""What one forward pass is given: tokens of several sequences, some of whose context already lies in pages."""
+"""What one forward pass is given: tokens of several sequences, part of whose context lies in pages."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,7 +58,10 @@ class ForwardInputs:
             starts: position of the first new token, i.e. how many tokens already lie in pages.
             pages: page ids that hold the context, new tokens included.
         """
-        segments, positions, slots, row = [], [], [], 0
+        segments: list[Segment] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        row = 0
         for tokens, start, held in zip(token_ids, starts, pages, strict=True):
             stop = start + len(tokens)
             assert len(held) * PAGE_SIZE >= stop, "a sequence was given fewer pages than its tokens need"

@@ -139,7 +139,7 @@ def _moe(config: ModelConfig, prefix: str, layer: int) -> Iterator[TensorSpec]:
 
 
 def _mtp_layer(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
-    """The multi-token-prediction module: a decoder layer with an entrance and copies of embedding and head."""
+    """The MTP module: a decoder layer with an entrance and with copies of embedding and head."""
     prefix = f"model.layers.{layer}"
     vocab, width = config.vocab_size, config.hidden_size
     yield TensorSpec(f"{prefix}.embed_tokens.weight", (vocab, width), "bf16", "embedding", layer)

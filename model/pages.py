@@ -28,7 +28,7 @@ class LayerPages:
     """One layer's pages.
 
     Attributes:
-        latents: fp8: [P, PAGE_SIZE, record_bytes] uint8; full: [P, PAGE_SIZE, latent_dim] of the model's dtype.
+        latents: fp8: [P, PAGE_SIZE, record_bytes] uint8; full: [P, PAGE_SIZE, latent_dim] of model dtype.
         index_keys: fp8: [P, PAGE_SIZE * (index_head_dim + 4)] uint8; full: [P, PAGE_SIZE, index_head_dim].
     """
 
