@@ -1,0 +1,61 @@
+"""What runs in a step: a function of values, host data only."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from workers.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of one sequence in a step: its next `num_known` known tokens, then its drafts."""
+
+    sequence: Sequence
+    num_known: int
+    drafts: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_known + len(self.drafts)
+
+    @property
+    def is_last_chunk(self) -> bool:
+        """Whether the step reaches the end of what is known, so that a token is drawn."""
+        return self.num_known == self.sequence.num_pending
+
+    @property
+    def token_ids(self) -> list[int]:
+        start = self.sequence.num_cached
+        return [*self.sequence.tokens[start : start + self.num_known], *self.drafts]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's work."""
+
+    shares: tuple[Share, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(share.num_rows for share in self.shares)
+
+
+def schedule(running: Iterable[Sequence], max_rows: int) -> Batch:
+    """Decode first, then chunks of prompts in order of arrival, within `max_rows` rows in all.
+
+    Every decoding sequence gets its rows even where they alone exceed the budget: a token late is worse than
+    a step long.
+    """
+    running = list(running)
+    shares = [
+        Share(sequence, sequence.num_pending, tuple(sequence.drafts))
+        for sequence in running
+        if sequence.phase == "decode"
+    ]
+    budget = max_rows - sum(share.num_rows for share in shares)
+    for sequence in running:
+        if sequence.phase == "prefill" and budget > 0:
+            num_known = min(sequence.num_pending, budget)
+            shares.append(Share(sequence, num_known, ()))
+            budget -= num_known
+    return Batch(tuple(shares))

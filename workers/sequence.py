@@ -1,0 +1,90 @@
+"""A request, its life as a sequence, and the tokens that come out."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.sampling import SampleRow, TokenLogprobs
+from model.sampling_params import SamplingParams
+from model.stopping import FinishReason
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks for, tokenised. `uid` is unique among the open requests of an engine."""
+
+    uid: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer.
+
+    `position` counts from the start of the prompt; `finish_reason` is set on the last token of an answer.
+    """
+
+    uid: str
+    token_id: int
+    position: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass
+class Sequence:
+    """A request while it runs; one owner at a time.
+
+    Tokens by position, and how far each part has come:
+
+        [0, num_cached)             latents and index keys lie in pages, of every layer, the MTP layer's too
+        [num_cached, num_tokens)    known, not run yet: the rest of the prompt, or the last drawn token
+        [num_tokens, + drafts)      guessed; rows of the next step verify them
+
+    Pages hold the slots of all three.
+    """
+
+    request: Request
+    pages: list[int]
+    tokens: list[int] = field(init=False)
+    num_cached: int = 0
+    drafts: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        return self.num_tokens - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that have not been run."""
+        return self.num_tokens - self.num_cached
+
+    @property
+    def phase(self) -> Phase:
+        return "prefill" if self.num_output == 0 else "decode"
+
+    @property
+    def room(self) -> int:
+        """Tokens that the answer may still have."""
+        return self.request.params.max_tokens - self.num_output
+
+    def next_row(self) -> SampleRow:
+        """What the token after the known ones depends on besides its logits."""
+        params = self.request.params
+        prompt = self.request.prompt_ids if params.repetition_penalty != 1 else ()
+        output = tuple(self.tokens[self.num_prompt :]) if params.has_penalties else ()
+        return SampleRow(params, self.num_tokens, prompt=prompt, output=output)

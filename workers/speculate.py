@@ -1,0 +1,95 @@
+"""Drafting with the MTP module, and the count of what became of the drafts.
+
+A draft costs nothing but time: the model verifies it by drawing its own token at that place, with the same
+noise, and comparing. So the answer is the same with any number of drafts.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.decoder import Decoder
+from model.inputs import ForwardInputs
+from model.pages import PageCache
+from model.sampling import draw
+from workers.sequence import Sequence
+
+MAX_DRAFTS = 3  # one MTP module fed back on itself: acceptance decays fast after the first draft
+
+
+@dataclass
+class Acceptance:
+    """Drafts verified and accepted, by their place behind the known tokens."""
+
+    drafted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
+    accepted: list[int] = field(default_factory=lambda: [0] * MAX_DRAFTS)
+
+    def count(self, num_drafts: int, num_accepted: int) -> None:
+        """A draft is judged only if all before it were accepted."""
+        for place in range(min(num_drafts, num_accepted + 1)):
+            self.drafted[place] += 1
+            self.accepted[place] += place < num_accepted
+
+    def rates(self) -> list[float]:
+        """Share accepted of those judged, for each place that was tried."""
+        pairs = zip(self.accepted, self.drafted, strict=True)
+        return [accepted / drafted for accepted, drafted in pairs if drafted]
+
+
+@dataclass(frozen=True)
+class DraftShare:
+    """Rows of one sequence for the MTP module: positions [start, start + R) with hidden states [R, D].
+
+    `num_drafts` is 0 for a chunk of a prompt, which only fills the MTP layer's pages.
+    """
+
+    sequence: Sequence
+    start: int
+    hidden: Tensor
+    num_drafts: int
+
+
+def draft(model: Decoder, cache: PageCache, shares: list[DraftShare]) -> None:
+    """Fill the MTP layer's pages for rows that the main model has run, and leave drafts in the sequences.
+
+    The row of position i carries token i + 1, which must be known.
+    """
+    if not shares:
+        return
+    num_rows = [len(share.hidden) for share in shares]
+    inputs = ForwardInputs.build(
+        [
+            share.sequence.tokens[share.start + 1 : share.start + 1 + rows]
+            for share, rows in zip(shares, num_rows, strict=True)
+        ],
+        [share.start for share in shares],
+        [share.sequence.pages for share in shares],
+        device=shares[0].hidden.device,
+    )
+    hidden = model.draft(inputs, torch.cat([share.hidden for share in shares]), cache)
+    last = hidden[[segment.stop - 1 for segment in inputs.segments]]
+    for share in shares:
+        share.sequence.drafts = []
+    _draft_on(model, cache, shares, last)
+
+
+def _draft_on(model: Decoder, cache: PageCache, shares: list[DraftShare], last: Tensor) -> None:
+    """Draw drafts from each sequence's last MTP state [S, D], feeding it back while more are wanted."""
+    for place in range(MAX_DRAFTS):
+        going = [i for i, share in enumerate(shares) if share.num_drafts > place]
+        if not going:
+            return
+        shares, last = [shares[i] for i in going], last[going]
+        sequences = [share.sequence for share in shares]
+        if place:
+            inputs = ForwardInputs.build(
+                [sequence.drafts[-1:] for sequence in sequences],
+                [sequence.num_tokens + place - 2 for sequence in sequences],
+                [sequence.pages for sequence in sequences],
+                device=last.device,
+            )
+            last = model.draft(inputs, last, cache)
+        rows = [sequence.next_row().after(sequence.drafts) for sequence in sequences]
+        for sequence, token_id in zip(sequences, draw(model.logits(last), rows), strict=True):
+            sequence.drafts.append(token_id)
