@@ -14,7 +14,7 @@ from model.decoder import Decoder
 from model.errors import PromptTooLong, RequestError
 from model.inputs import PAGE_SIZE, ForwardInputs
 from model.pages import PageCache
-from model.sampling import SampleResult, num_accepted, sample
+from model.sampling import SampleResult, SampleRow, num_accepted, sample
 from model.stopping import finish_reason
 from workers.page_pool import PagePool, pages_for
 from workers.schedule import Batch, Share, schedule
@@ -129,7 +129,8 @@ class Engine:
             [share.sequence.pages for share in batch.shares],
         )
         hidden = self._model.forward(inputs, self._cache)
-        logit_rows, sample_rows = [], []
+        logit_rows: list[int] = []
+        sample_rows: list[SampleRow] = []
         for share, segment in zip(batch.shares, inputs.segments, strict=True):
             if share.is_last_chunk:
                 after_known = segment.start + share.num_known - 1

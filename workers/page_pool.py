@@ -29,7 +29,8 @@ class PagePool:
 
     def give_back(self, pages: list[int]) -> None:
         """Free pages that were taken."""
-        assert len(set(pages)) == len(pages) and self._taken.issuperset(pages), "pages given back twice"
+        assert len(set(pages)) == len(pages), "a page stands twice in what is given back"
+        assert self._taken.issuperset(pages), "pages are given back that nobody holds"
         self._taken.difference_update(pages)
         self._free.extend(sorted(pages, reverse=True))
 
