@@ -42,14 +42,17 @@ def index_logits_reference(
 ) -> Tensor:
     num_queries, num_heads, _ = q.shape
     num_keys = keys.shape[0]
-    wide_keys = keys.float().t()
-    out = torch.empty(num_queries, num_keys, dtype=torch.float32, device=q.device)
+    wide_keys = keys.float()
+    positions = torch.arange(num_keys, device=q.device)
+    out = torch.full((num_queries, num_keys), float("-inf"), device=q.device)
     tile = max(1, _TILE_ELEMENTS // max(1, num_heads * num_keys))
     for start in range(0, num_queries, tile):
         rows = slice(start, start + tile)
-        per_head = (q[rows].float().flatten(0, 1) @ wide_keys).relu_().unflatten(0, (-1, num_heads))
-        torch.bmm(weights[rows].unsqueeze(1), per_head, out=out[rows].unsqueeze(1))
-    if key_scales is not None:
-        out.mul_(key_scales)
-    positions = torch.arange(num_keys, device=q.device)
-    return out.masked_fill_(positions >= visible.unsqueeze(1), float("-inf"))
+        seen = slice(0, int(visible[rows].max()))  # no row of the tile sees further
+        per_head = (q[rows].float().flatten(0, 1) @ wide_keys[seen].t()).relu_().unflatten(0, (-1, num_heads))
+        scores = torch.bmm(weights[rows].unsqueeze(1), per_head).squeeze(1)
+        if key_scales is not None:
+            scores.mul_(key_scales[seen])
+        hidden = positions[seen] >= visible[rows].unsqueeze(1)
+        out[rows, seen] = scores.masked_fill_(hidden, float("-inf"))
+    return out

@@ -5,6 +5,7 @@ ReLU), so the rule above is part of the result here. Shapes: T rows, L scores a 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_reference
@@ -28,27 +29,28 @@ def topk(scores: Tensor, k: int, *, backend: Backend) -> Tensor:
 
 def topk_reference(scores: Tensor, k: int) -> Tensor:
     num_rows, num_scores = scores.shape
-    if num_scores <= k:
-        indices = torch.arange(num_scores, device=scores.device).expand(num_rows, -1)
-        kept = scores > float("-inf")
-    else:
-        best = scores.topk(k, dim=-1, sorted=False)
-        indices, kept = best.indices, best.values > float("-inf")
-        threshold = best.values.amin(-1, keepdim=True)
-        # torch.topk may take any of the scores equal to the threshold: settle the rows that have too many.
-        crowded = ((scores >= threshold).sum(-1) > k) & (threshold.squeeze(-1) > float("-inf"))
-        if crowded.any():
-            indices = indices.clone()
-            indices[crowded] = _lowest_at_ties(scores[crowded], threshold[crowded], k)
     filler = torch.iinfo(torch.int32).max
-    selected = indices.to(torch.int32).masked_fill(~kept, filler).sort(-1).values
+    if num_scores <= k:
+        indices = torch.arange(num_scores, dtype=torch.int32, device=scores.device).expand(num_rows, -1)
+        selected = indices.masked_fill(scores == float("-inf"), filler).sort(-1).values
+    else:
+        # One more than wanted: the least of them is dropped, and if another equals it, torch.topk may have
+        # taken any of the scores at the threshold, so those rows are settled by the rule.
+        best = scores.topk(k + 1, dim=-1, sorted=False)
+        least = best.values.min(-1, keepdim=True)
+        indices = best.indices.to(torch.int32).masked_fill_(best.values == float("-inf"), filler)
+        indices = indices.scatter_(-1, least.indices, filler)
+        crowded = ((best.values == least.values).sum(-1) > 1) & (least.values.squeeze(-1) > float("-inf"))
+        selected = indices.sort(-1).values[:, :k]
+        if crowded.any():
+            selected[crowded] = _lowest_at_ties(scores[crowded], least.values[crowded], k)
     selected = selected.masked_fill(selected == filler, -1)
-    return torch.nn.functional.pad(selected, (0, k - selected.shape[1]), value=-1)
+    return F.pad(selected, (0, k - selected.shape[1]), value=-1)
 
 
 def _lowest_at_ties(scores: Tensor, threshold: Tensor, k: int) -> Tensor:
-    """[T, k] int64: everything above the threshold, then the first of those that equal it."""
+    """[T, k] int32: everything above the threshold, then the first of those that equal it."""
     above, equal = scores > threshold, scores == threshold
     room = k - above.sum(-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(-1) <= room))
-    return chosen.nonzero()[:, 1].view(-1, k)
+    return chosen.nonzero()[:, 1].view(-1, k).to(torch.int32)
