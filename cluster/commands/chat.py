@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from cluster.commands.common import engine_config, load_model, sampling_params
+from cluster.commands.common import checkpoint_directory, engine_config, load_model, sampling_params
 from model.chat.encoding import ChatEncoding, encode_chat
 from model.chat.events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from model.chat.messages import Message
@@ -145,7 +145,7 @@ def run(options: Namespace) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401 - importing it gives input() a history and line editing
 
-    tokenizer = Tokenizer.load(options.model)
+    tokenizer = Tokenizer.load(checkpoint_directory(options.model))
     encoding = ChatEncoding.detect(options.model)
     encoding.check(tokenizer)
     model = load_model(options)

@@ -4,16 +4,23 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from model.errors import RequestError
+from model.errors import CheckpointError, RequestError
 from model.sampling_params import SamplingParams
 from workers.engine import EngineConfig
 from workers.local import LocalModel, ModelOptions
 
 
+def checkpoint_directory(path: Path) -> Path:
+    """The path itself, once it is clear that there is something to read."""
+    if not path.is_dir():
+        raise CheckpointError(str(path), "", "a checkpoint directory", "no such directory")
+    return path
+
+
 def load_model(options: Namespace) -> LocalModel:
     """The model that the options name, with a progress bar on a terminal."""
     model_options = ModelOptions(dtype=options.dtype, pages=options.pages, attention=options.attention)
-    return LocalModel(options.model, model_options, progress=True)
+    return LocalModel(checkpoint_directory(options.model), model_options, progress=True)
 
 
 def sampling_params(options: Namespace, max_tokens: int) -> SamplingParams:

@@ -6,7 +6,13 @@ import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
 
-from cluster.commands.common import engine_config, load_model, read_prompt_ids, sampling_params
+from cluster.commands.common import (
+    checkpoint_directory,
+    engine_config,
+    load_model,
+    read_prompt_ids,
+    sampling_params,
+)
 from model.stopping import FinishReason
 from model.tokenizer import Detokenizer, Tokenizer
 from workers.answer import TextAnswer
@@ -21,7 +27,7 @@ def run(options: Namespace) -> int:
     )
     config = engine_config(options)
     prompt_ids = read_prompt_ids(options.prompt_ids) if options.prompt_ids else None
-    tokenizer = Tokenizer.load(options.model)
+    tokenizer = Tokenizer.load(checkpoint_directory(options.model))
     if prompt_ids is None:
         prompt_ids = tokenizer.encode(options.prompt)
         if prompt_ids[:1] != [tokenizer.bos_id]:

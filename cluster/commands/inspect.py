@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cluster.commands.common import checkpoint_directory
 from model.chat.encoding import ChatEncoding
 from model.checkpoint import INDEX_FILE, Checkpoint
 from model.config import ModelConfig
@@ -17,7 +18,7 @@ from model.tokenizer import Tokenizer
 
 def run(options: Namespace) -> int:
     """Check everything there is to check, then print the model's shape, counts and bytes."""
-    directory: Path = options.directory
+    directory = checkpoint_directory(options.directory)
     report = describe(ModelConfig.load(directory))
     if _is_shape_only(directory):
         report["checked"] = "configuration only: there are no weights here"

@@ -1,0 +1,143 @@
+"""The single-process engine on the demo: the oracle's tokens, whatever else runs and however it is cut."""
+
+import pytest
+
+from model.errors import PromptTooLong, RequestError
+from model.sampling_params import SamplingParams
+from workers.engine import Engine, EngineConfig
+from workers.local import LocalModel
+from workers.sequence import Request, Token
+
+
+def greedy(max_tokens: int = 32, **overrides: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, **overrides)
+
+
+def drain(engine: Engine) -> dict[str, list[Token]]:
+    """Step to the end; tokens by request."""
+    tokens: dict[str, list[Token]] = {}
+    while not engine.is_idle:
+        for token in engine.step():
+            tokens.setdefault(token.uid, []).append(token)
+    engine.pool.check_idle()
+    return tokens
+
+
+def ids(tokens: list[Token]) -> list[int]:
+    return [token.token_id for token in tokens]
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 2048])
+def test_chunks_do_not_change_the_answer(demo: LocalModel, oracle, chunk: int) -> None:
+    engine = demo.engine(EngineConfig(chunk=chunk), 2048)
+    prompt = oracle["lookup_300"]
+    engine.add(Request("r", prompt.prompt_ids, greedy()))
+    assert ids(drain(engine)["r"]) == prompt.output_ids
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_requests_run_together_as_they_do_alone(demo: LocalModel, oracle, num_drafts: int) -> None:
+    engine = demo.engine(EngineConfig(chunk=100, num_drafts=num_drafts), 4096)
+    names = ["chat", "lookup_1000", "code", "lookup_300"]
+    for name in names:
+        engine.add(Request(name, oracle[name].prompt_ids, greedy()))
+    tokens = drain(engine)
+    for name in names:
+        assert ids(tokens[name]) == oracle[name].output_ids
+        assert [token.position for token in tokens[name]] == list(
+            range(len(oracle[name].prompt_ids), len(oracle[name].prompt_ids) + 32)
+        )
+
+
+def test_requests_wait_for_pages_and_all_get_them(demo: LocalModel, oracle) -> None:
+    engine = demo.engine(EngineConfig(), 128)  # two pages: one request at a time
+    for uid in "abc":
+        engine.add(Request(uid, oracle["code"].prompt_ids, greedy(64)))
+    first = engine.step()
+    assert engine.pool.num_free == 0
+    tokens = drain(engine)
+    tokens["a"] = first + tokens["a"]
+    assert list(tokens) == ["a", "b", "c"]
+    assert all(ids(tokens[uid])[:32] == oracle["code"].output_ids for uid in "abc")
+
+
+def test_the_end_of_sequence_ends_the_answer_and_is_its_last_token(demo: LocalModel, oracle) -> None:
+    prompt = oracle["chat"]
+    engine = demo.engine(EngineConfig(num_drafts=3), 256)
+    engine.add(Request("r", prompt.prompt_ids, SamplingParams(max_tokens=100, temperature=0)))
+    tokens = drain(engine)["r"]
+    eos = demo.config.eos_token_id
+    assert ids(tokens) == prompt.output_ids[: prompt.output_ids.index(eos) + 1]
+    assert [token.finish_reason for token in tokens] == [None] * (len(tokens) - 1) + ["stop"]
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 2, 3])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 4, 5])
+def test_an_answer_never_grows_beyond_max_tokens(
+    demo: LocalModel, oracle, num_drafts: int, max_tokens: int
+) -> None:
+    engine = demo.engine(EngineConfig(num_drafts=num_drafts), 64)
+    engine.add(Request("r", oracle["code"].prompt_ids, greedy(max_tokens)))
+    tokens = drain(engine)["r"]
+    assert ids(tokens) == oracle["code"].output_ids[:max_tokens]
+    assert tokens[-1].finish_reason == "length"
+
+
+def test_an_answer_may_fill_the_last_slot_of_its_pages(demo: LocalModel, oracle) -> None:
+    prompt = oracle["code"].prompt_ids
+    engine = demo.engine(EngineConfig(num_drafts=3), 64)
+    engine.add(Request("r", prompt, greedy(64 - len(prompt))))
+    assert len(drain(engine)["r"]) == 64 - len(prompt)
+
+
+def test_cancelling_frees_the_pages_at_once(demo: LocalModel, oracle) -> None:
+    engine = demo.engine(EngineConfig(chunk=16, num_drafts=1), 1024)
+    engine.add(Request("prefilling", oracle["lookup_300"].prompt_ids, greedy()))
+    engine.add(Request("decoding", oracle["chat"].prompt_ids, greedy()))
+    engine.step()
+    engine.cancel("prefilling")
+    engine.step()
+    engine.cancel("decoding")
+    engine.cancel("never heard of")
+    assert engine.is_idle
+    engine.pool.check_idle()
+
+
+def test_logprobs_come_with_the_tokens(demo: LocalModel, oracle) -> None:
+    engine = demo.engine(EngineConfig(num_drafts=2), 256)
+    engine.add(Request("r", oracle["chat"].prompt_ids, greedy(8, logprobs=3)))
+    for token in drain(engine)["r"]:
+        assert token.logprobs is not None
+        assert token.logprobs.top[0] == (token.token_id, token.logprobs.logprob)  # greedy takes the best
+        assert len(token.logprobs.top) == 3
+        assert token.logprobs.logprob <= 0
+
+
+@pytest.mark.parametrize(
+    ("prompt_ids", "params", "error", "says"),
+    [
+        ((), greedy(), RequestError, "empty"),
+        ((0, 8192), greedy(), RequestError, "8192"),
+        ((0, -1), greedy(), RequestError, "-1"),
+        ((0,) * 128, greedy(), PromptTooLong, "128"),
+        ((0,) * 100, greedy(29), RequestError, "28 more"),
+        ((0,), greedy(stop_token_ids=(9000,)), RequestError, "9000"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused(
+    demo: LocalModel, prompt_ids: tuple[int, ...], params: SamplingParams, error: type, says: str
+) -> None:
+    engine = demo.engine(EngineConfig(), 128)
+    with pytest.raises(error, match=says):
+        engine.add(Request("r", prompt_ids, params))
+    assert engine.is_idle
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [({"chunk": 0}, "chunk"), ({"num_drafts": 4}, "drafts"), ({"num_drafts": -1}, "drafts")],
+)
+def test_bad_engine_configurations_are_refused(config: dict[str, int], field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        EngineConfig(**config)
+    assert caught.value.field == field

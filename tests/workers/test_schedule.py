@@ -1,0 +1,41 @@
+"""Scheduling is a function of host values: no model, no torch."""
+
+from model.sampling_params import SamplingParams
+from workers.schedule import schedule
+from workers.sequence import Request, Sequence
+
+
+def prefilling(num_prompt: int, num_cached: int = 0) -> Sequence:
+    request = Request("p", tuple(range(num_prompt)), SamplingParams(max_tokens=8))
+    return Sequence(request, pages=[], num_cached=num_cached)
+
+
+def decoding(num_drafts: int) -> Sequence:
+    sequence = prefilling(10, num_cached=10)
+    sequence.tokens.append(99)
+    sequence.drafts = list(range(num_drafts))
+    return sequence
+
+
+def test_decode_goes_first_and_prompts_share_the_rest_in_order() -> None:
+    first, second, third = prefilling(100, 30), prefilling(50), prefilling(50)
+    batch = schedule([first, decoding(2), second, decoding(0), third], max_rows=100)
+    assert [(share.num_known, share.drafts) for share in batch.shares] == [
+        (1, (0, 1)),
+        (1, ()),
+        (70, ()),
+        (26, ()),
+    ]
+    assert batch.num_rows == 100
+    assert [share.is_last_chunk for share in batch.shares] == [True, True, True, False]
+    assert batch.shares[2].token_ids == list(range(30, 100))
+
+
+def test_decode_runs_even_beyond_the_budget() -> None:
+    batch = schedule([prefilling(5), *(decoding(3) for _ in range(4))], max_rows=8)
+    assert batch.num_rows == 16
+    assert all(share.sequence.phase == "decode" for share in batch.shares)
+
+
+def test_nothing_to_run_is_an_empty_batch() -> None:
+    assert schedule([], max_rows=8).shares == ()
