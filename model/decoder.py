@@ -121,7 +121,7 @@ class MTP:
         pages: LayerPages,
         trace: Trace | None,
     ) -> Tensor:
-        """[T, D] hidden states after shared_head.norm, from the next tokens' embeddings and h, both [T, D]."""
+        """[T, D] after shared_head.norm, from the next tokens' embeddings and h, both [T, D]."""
         embedded = rms_norm(embedded, self._enorm, self._eps, backend=self._backend)
         hidden = rms_norm(hidden, self._hnorm, self._eps, backend=self._backend)
         residual = F.linear(torch.cat([embedded, hidden], dim=-1), self._eh_proj)

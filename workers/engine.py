@@ -4,7 +4,9 @@ The whole of it is `step`: schedule, run, commit. It knows nothing of text; who 
 them and cancels an answer that met a stop string.
 """
 
+import secrets
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ from model.pages import PageCache
 from model.sampling import SampleResult, SampleRow, num_accepted, sample
 from model.stopping import finish_reason
 from workers.page_pool import PagePool, pages_for
+from workers.prefix import PrefixHasher
 from workers.schedule import Batch, Share, schedule
 from workers.sequence import Request, Sequence, Token
 from workers.speculate import MAX_DRAFTS, Acceptance, DraftShare, draft
@@ -57,7 +60,8 @@ class Engine:
             raise RequestError("drafts", f"is {config.num_drafts}; this checkpoint has no MTP module: use 0")
         self._model, self._cache, self._config = model, cache, config
         self.pool = PagePool(cache.num_pages)
-        self._waiting: list[Request] = []
+        self._hasher = PrefixHasher(secrets.token_bytes(32))
+        self._waiting: deque[Request] = deque()
         self._running: dict[str, Sequence] = {}
         self.acceptance = Acceptance()
         self._eos_ids = frozenset({model.config.eos_token_id})
@@ -96,7 +100,7 @@ class Engine:
 
     def cancel(self, uid: str) -> None:
         """Drop a request and free its pages; unknown or ended ones are ignored."""
-        self._waiting = [request for request in self._waiting if request.uid != uid]
+        self._waiting = deque(request for request in self._waiting if request.uid != uid)
         if sequence := self._running.pop(uid, None):
             self.pool.give_back(sequence.pages)
 
@@ -112,14 +116,37 @@ class Engine:
         return tokens
 
     def _admit(self) -> None:
-        """Start waiting requests in order of arrival while their pages are free."""
-        while self._waiting:
-            request = self._waiting[0]
-            num_pages = pages_for(len(request.prompt_ids) + request.params.max_tokens)
-            if num_pages > self.pool.num_free:
-                return
-            self._waiting.pop(0)
-            self._running[request.uid] = Sequence(request, self.pool.take(num_pages))
+        """Start waiting requests in order of arrival while there are pages for them."""
+        while self._waiting and (sequence := self._start(self._waiting[0])):
+            self._waiting.popleft()
+            self._running[sequence.request.uid] = sequence
+
+    def _start(self, request: Request) -> Sequence | None:
+        """A sequence on cached pages of its prefix and on new ones for the rest; None while pages lack."""
+        keys: list[bytes] = []
+        # The last token of a prompt always runs: its logits are the first token's.
+        num_full = (len(request.prompt_ids) - 1) // PAGE_SIZE
+        self._hasher.extend(keys, request.tenant, request.prompt_ids, num_full)
+        shared = self.pool.match(keys)
+        self.pool.share(shared)
+        num_new = pages_for(len(request.prompt_ids) + request.params.max_tokens) - len(shared)
+        if num_new > self.pool.num_free:
+            self.pool.give_back(shared)
+            return None
+        pages = shared + self.pool.take(num_new)
+        return Sequence(request, pages, len(shared), keys[: len(shared)])
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make the pages that became full known, those of the answer too: the next turn starts with them.
+
+        In the MTP layer a page's last row depends on the token behind the page, which is not part of its key:
+        after another continuation that one row is another's. Only drafts read it, never an answer.
+        """
+        num_full = sequence.num_cached // PAGE_SIZE
+        known = len(sequence.page_keys)
+        self._hasher.extend(sequence.page_keys, sequence.request.tenant, sequence.tokens, num_full)
+        for page in range(known, num_full):
+            self.pool.publish(sequence.pages[page], sequence.page_keys[page])
 
     def _run(self, batch: Batch) -> tuple[Tensor, SampleResult]:
         """Hidden states of all rows, and the model's own token after every row that needs one."""
@@ -156,6 +183,7 @@ class Engine:
                 out.extend(tokens)
                 valid += accepted
             sequence.num_cached += valid
+            self._publish(sequence)
             if out and out[-1].uid == sequence.request.uid and out[-1].finish_reason:
                 self.cancel(sequence.request.uid)
             elif self._config.num_drafts:
@@ -178,7 +206,8 @@ class Engine:
             position = sequence.num_tokens
             sequence.tokens.append(token_id)
             reason = finish_reason(token_id, sequence.num_output, params, self._eos_ids)
-            out.append(Token(sequence.request.uid, token_id, position, reason, logprobs))
+            cached = sequence.num_shared * PAGE_SIZE
+            out.append(Token(sequence.request.uid, token_id, position, reason, logprobs, cached))
             if reason:
                 break
         return out, accepted

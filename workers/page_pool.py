@@ -1,4 +1,14 @@
-"""Who holds which page: one owner of all page ids, plain Python."""
+"""Who holds which page, and which pages hold what: one owner of all page ids, plain Python.
+
+A page is in exactly one of three states:
+
+    free     nobody holds it, nothing in it is worth keeping
+    cached   nobody holds it, but its tokens are known by a key: it can be shared again, until it is needed
+    held     one or more sequences hold it; it may have a key, and only full, unchanging pages get one
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
 
 from model.inputs import PAGE_SIZE
 
@@ -9,32 +19,82 @@ def pages_for(num_tokens: int) -> int:
 
 
 class PagePool:
-    """The pages of one cache. Every page is free or taken; giving back what is not taken is a bug."""
+    """The pages of one cache. Giving back what is not held is a bug, and so is losing a page."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # pop() takes the lowest first
-        self._taken: set[int] = set()
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently held first
+        self._holders: dict[int, int] = {}  # held page -> how many hold it
+        self._key_of: dict[int, bytes] = {}
+        self._page_of: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that can be taken: free ones, and cached ones that would be forgotten for it."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._cached)
 
     def take(self, num_pages: int) -> list[int]:
-        """Page ids for one owner; ask `num_free` first."""
+        """Pages for one holder, contents undefined; ask `num_free` first. Forgets cached pages if it must."""
         assert num_pages <= self.num_free, f"{num_pages} pages asked of {self.num_free} free ones"
+        while len(self._free) < num_pages:
+            self._forget_one()
         pages = [self._free.pop() for _ in range(num_pages)]
-        self._taken.update(pages)
+        self._holders.update(dict.fromkeys(pages, 1))
         return pages
 
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """The pages of the longest known prefix of a chain of keys; nobody's state changes."""
+        pages: list[int] = []
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def share(self, pages: list[int]) -> None:
+        """Hold matched pages, together with whoever holds them already."""
+        for page in pages:
+            assert page in self._key_of, "only pages with a key can be shared"
+            self._cached.pop(page, None)
+            self._holders[page] = self._holders.get(page, 0) + 1
+
+    def publish(self, page: int, key: bytes) -> None:
+        """Make a held, full page known by its key; a page that has this key already keeps it."""
+        assert page in self._holders, "only a held page can be published"
+        assert page not in self._key_of, "a page holds one run of tokens"
+        if key not in self._page_of:
+            self._page_of[key], self._key_of[page] = page, key
+
     def give_back(self, pages: list[int]) -> None:
-        """Free pages that were taken."""
+        """Let go of pages in order of position. The last are forgotten first: they depend on the others."""
         assert len(set(pages)) == len(pages), "a page stands twice in what is given back"
-        assert self._taken.issuperset(pages), "pages are given back that nobody holds"
-        self._taken.difference_update(pages)
-        self._free.extend(sorted(pages, reverse=True))
+        assert all(page in self._holders for page in pages), "pages are given back that nobody holds"
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            del self._holders[page]
+            if page in self._key_of:
+                self._cached[page] = None
+            else:
+                self._free.append(page)
 
     def check_idle(self) -> None:
-        """Assert that every page is back, once each: true whenever nothing runs."""
-        assert not self._taken, f"{len(self._taken)} pages are still held"
-        assert sorted(self._free) == list(range(self.num_pages)), "the free list lost or doubled a page"
+        """Assert that nothing is held and every page is there once: true whenever nothing runs."""
+        assert not self._holders, f"{len(self._holders)} pages are still held"
+        assert sorted([*self._free, *self._cached]) == list(range(self.num_pages)), (
+            "a page is lost or doubled"
+        )
+        assert self._cached.keys() == self._key_of.keys(), "a key names a page that is not cached"
+        assert {page: key for key, page in self._page_of.items()} == self._key_of, "keys and pages disagree"
+
+    def _forget_one(self) -> None:
+        page, _ = self._cached.popitem(last=False)
+        del self._page_of[self._key_of.pop(page)]
+        self._free.append(page)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from model.inputs import PAGE_SIZE
 from model.sampling import SampleRow, TokenLogprobs
 from model.sampling_params import SamplingParams
 from model.stopping import FinishReason
@@ -10,18 +11,25 @@ from model.stopping import FinishReason
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asks for, tokenised. `uid` is unique among the open requests of an engine."""
+    """What a client asks for, tokenised.
+
+    `uid` is unique among the open requests of an engine. Cached pages are shared within a `tenant` only.
+    `choice` says which of the `n` answers to one prompt this is; each of them is a request of its own.
+    """
 
     uid: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    tenant: str = ""
+    choice: int = 0
 
 
 @dataclass(frozen=True)
 class Token:
     """One token of an answer.
 
-    `position` counts from the start of the prompt; `finish_reason` is set on the last token of an answer.
+    `position` counts from the start of the prompt; `finish_reason` is set on the last token of an answer;
+    `num_prompt_cached` says how many tokens of the prompt were found in cached pages.
     """
 
     uid: str
@@ -29,6 +37,7 @@ class Token:
     position: int
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
+    num_prompt_cached: int = 0
 
 
 Phase = Literal["prefill", "decode"]
@@ -44,17 +53,21 @@ class Sequence:
         [num_cached, num_tokens)    known, not run yet: the rest of the prompt, or the last drawn token
         [num_tokens, + drafts)      guessed; rows of the next step verify them
 
-    Pages hold the slots of all three.
+    Pages hold the slots of all three; the first `num_shared` of them were found in the cache and are only
+    read. `page_keys` names the full pages that have been published or found.
     """
 
     request: Request
     pages: list[int]
+    num_shared: int = 0
+    page_keys: list[bytes] = field(default_factory=list)
     tokens: list[int] = field(init=False)
-    num_cached: int = 0
+    num_cached: int = field(init=False)
     drafts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
+        self.num_cached = self.num_shared * PAGE_SIZE
 
     @property
     def num_tokens(self) -> int:
@@ -87,4 +100,4 @@ class Sequence:
         params = self.request.params
         prompt = self.request.prompt_ids if params.repetition_penalty != 1 else ()
         output = tuple(self.tokens[self.num_prompt :]) if params.has_penalties else ()
-        return SampleRow(params, self.num_tokens, prompt=prompt, output=output)
+        return SampleRow(params, self.num_tokens, self.request.choice, prompt=prompt, output=output)

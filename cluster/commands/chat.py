@@ -12,7 +12,9 @@ from cluster.commands.common import checkpoint_directory, engine_config, load_mo
 from model.chat.encoding import ChatEncoding, encode_chat
 from model.chat.events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from model.chat.messages import Message
+from model.config import ModelConfig
 from model.errors import EightfoldError
+from model.text import load_text
 from model.tokenizer import Tokenizer
 from workers.answer import ChatAnswer
 from workers.engine import Engine, EngineConfig
@@ -84,13 +86,14 @@ class Conversation:
     def _stream(self, answer: ChatAnswer, num_prompt: int, interrupt: Interrupt) -> str:
         """Print events until the answer ends; returns the content, which is what the next turn keeps."""
         started = first = time.perf_counter()
-        content, num_tokens, reason = "", 0, "stopped by Ctrl-C"
+        content, num_tokens, num_cached, reason = "", 0, 0, "stopped by Ctrl-C"
         screen = Screen()
         while not self.engine.is_idle and not interrupt.pressed:
             for token in self.engine.step():
                 if not num_tokens:
                     first = time.perf_counter()
                 num_tokens += 1
+                num_cached = token.num_prompt_cached
                 reason = token.finish_reason or reason
                 for event in answer.push(token):
                     content += event.text if isinstance(event, ContentDelta) else ""
@@ -100,7 +103,8 @@ class Conversation:
         speed = f", {(num_tokens - 1) / decode:.0f} tokens/s" if num_tokens > 1 and decode > 0 else ""
         rates = ", ".join(f"{rate:.0%}" for rate in self.engine.acceptance.rates())
         self.stats = (
-            f"prompt {num_prompt} tokens in {first - started:.2f} s; answer {num_tokens} tokens{speed}; "
+            f"prompt {num_prompt} tokens, {num_cached} of them cached, in {first - started:.2f} s; "
+            f"answer {num_tokens} tokens{speed}; "
             f"{reason}; {self._context - num_prompt - num_tokens} tokens of context left"
             + (f"; drafts accepted by position {rates}" if rates else "")
         )
@@ -145,9 +149,8 @@ def run(options: Namespace) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401 - importing it gives input() a history and line editing
 
-    tokenizer = Tokenizer.load(checkpoint_directory(options.model))
-    encoding = ChatEncoding.detect(options.model)
-    encoding.check(tokenizer)
+    directory = checkpoint_directory(options.model)
+    tokenizer, encoding = load_text(directory, ModelConfig.load(directory))
     model = load_model(options)
     conversation = Conversation(model, tokenizer, encoding, options)
     context, digest = model.config.max_position_embeddings, model.checkpoint.digest[:12]

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from cluster.commands.common import checkpoint_directory
-from model.chat.encoding import ChatEncoding
 from model.checkpoint import INDEX_FILE, Checkpoint
 from model.config import ModelConfig
 from model.layout import TensorSpec, layout
 from model.pages import cache_bytes_per_token
-from model.tokenizer import Tokenizer
+from model.text import load_text
 
 
 def run(options: Namespace) -> int:
@@ -37,12 +36,10 @@ def _is_shape_only(directory: Path) -> bool:
 
 
 def check(directory: Path) -> dict[str, Any]:
-    """Check every tensor's name, shape, dtype and values, and the tokenizer; raises `CheckpointError`."""
+    """Check every tensor's name, shape, dtype and values, and the text side; raises `CheckpointError`."""
     checkpoint = Checkpoint.open(directory)
     checkpoint.verify(progress=True)
-    tokenizer = Tokenizer.load(directory)
-    encoding = ChatEncoding.detect(directory)
-    encoding.check(tokenizer)
+    tokenizer, encoding = load_text(directory, checkpoint.config)
     num_files = len({tensor.file for tensor in checkpoint.tensors.values()})
     return {
         "checked": f"{len(checkpoint.tensors)} tensors in {num_files} files",

@@ -1,6 +1,7 @@
 import pytest
-from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from workers.page_pool import PagePool, pages_for
 
@@ -10,19 +11,89 @@ def test_pages_for(tokens: int, pages: int) -> None:
     assert pages_for(tokens) == pages
 
 
-@given(st.lists(st.integers(0, 5), max_size=40), st.randoms())
-def test_pages_in_equal_pages_out(sizes: list[int], random) -> None:
-    pool = PagePool(16)
-    held: list[list[int]] = []
-    for size in sizes:
-        if size <= pool.num_free:
-            held.append(pool.take(size))
-        elif held:
-            pool.give_back(held.pop(random.randrange(len(held))))
-        all_held = [page for pages in held for page in pages]
-        assert len(set(all_held)) == len(all_held) == 16 - pool.num_free
-    for pages in held:
-        pool.give_back(pages)
+class PoolMachine(RuleBasedStateMachine):
+    """Random holders that take, publish, share and let go; every page stays in exactly one state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = PagePool(12)
+        self.holders: list[list[int]] = []
+        self.published: dict[int, bytes] = {}
+        self.next_key = 0
+
+    @rule(size=st.integers(0, 5))
+    def take(self, size: int) -> None:
+        if size <= self.pool.num_free:
+            pages = self.pool.take(size)
+            for page in pages:
+                self.published.pop(page, None)  # what was cached there is forgotten
+            self.holders.append(pages)
+
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        own = [page for pages in self.holders for page in pages if page not in self.published]
+        if own:
+            page, key = data.draw(st.sampled_from(own)), b"key %d" % self.next_key
+            self.next_key += 1
+            self.pool.publish(page, key)
+            self.published[page] = key
+
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        if self.published:
+            page = data.draw(st.sampled_from(sorted(self.published)))
+            assert self.pool.match([self.published[page], b"unknown"]) == [page]
+            self.pool.share([page])
+            self.holders.append([page])
+
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        if self.holders:
+            self.pool.give_back(self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1))))
+
+    @invariant()
+    def free_pages_are_those_nobody_holds(self) -> None:
+        held = {page for pages in self.holders for page in pages}
+        assert self.pool.num_free == 12 - len(held)
+        assert self.pool.num_cached == len(self.published.keys() - held)
+        for page, key in self.published.items():
+            assert self.pool.match([key]) == [page]
+
+    def teardown(self) -> None:
+        for pages in self.holders:
+            self.pool.give_back(pages)
+        self.pool.check_idle()
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def test_the_least_recently_held_pages_are_forgotten_first_and_ends_before_beginnings() -> None:
+    pool = PagePool(4)
+    first, second = pool.take(2), pool.take(2)
+    for page in (*first, *second):
+        pool.publish(page, b"%d" % page)
+    pool.give_back(second)
+    pool.give_back(first)
+    pool.take(1)
+    assert pool.match([b"%d" % page for page in second]) == second[:1]
+    assert pool.match([b"%d" % page for page in first]) == first
+    pool.take(2)
+    assert pool.match([b"%d" % page for page in second]) == []
+    assert pool.match([b"%d" % page for page in first]) == first[:1]
+
+
+def test_a_second_page_with_the_same_content_stays_unknown() -> None:
+    pool = PagePool(2)
+    first, second = pool.take(1), pool.take(1)
+    pool.publish(first[0], b"key")
+    pool.publish(second[0], b"key")
+    assert pool.match([b"key"]) == first
+    pool.give_back(second)
+    assert pool.num_cached == 0
+    pool.give_back(first)
+    assert pool.num_cached == 1
     pool.check_idle()
 
 
