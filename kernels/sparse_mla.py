@@ -50,9 +50,11 @@ def sparse_mla_reference(
         rows = slice(start, start + tile)
         latents = read_latents(slots[rows].clamp_min(0).flatten()).to(q.dtype)
         latents = latents.unflatten(0, (-1, slots.shape[1]))
+        skipped = slots[rows] < 0
+        if skipped.any():  # those were read from slot 0, which is somebody's: 0 * NaN would still be NaN
+            latents = latents.masked_fill(skipped.unsqueeze(-1), 0.0)
         scores = torch.bmm(q[rows], latents.transpose(1, 2)).float() * scale
-        skipped = (slots[rows] < 0).unsqueeze(1)
         # A row of only skipped slots would be 0/0: its softmax is made of zeros instead.
-        weights = scores.masked_fill_(skipped, float("-inf")).softmax(-1).nan_to_num_(0.0)
+        weights = scores.masked_fill_(skipped.unsqueeze(1), float("-inf")).softmax(-1).nan_to_num_(0.0)
         out[rows] = torch.bmm(weights.to(q.dtype), latents[..., :kv_lora_rank])
     return out

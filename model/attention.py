@@ -31,6 +31,8 @@ from model.pages import LayerPages
 
 AttentionMode = Literal["sparse", "dense"]
 
+# The norms of the two latents have this epsilon whatever `rms_norm_eps` says, as in transformers.
+LATENT_NORM_EPS = 1e-6
 # Expanding k and v pays from this many queries on one context; fewer run absorbed.
 MIN_EXPANDED_ROWS = 16
 
@@ -94,8 +96,8 @@ class Attention:
         q_latent, c, k_pe, index_k = F.linear(x, self._from_hidden).split(
             [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim], dim=-1
         )
-        q_latent = rms_norm(q_latent, self._q_norm, config.rms_norm_eps, backend=self._backend)
-        c = rms_norm(c, self._kv_norm, config.rms_norm_eps, backend=self._backend)
+        q_latent = rms_norm(q_latent, self._q_norm, LATENT_NORM_EPS, backend=self._backend)
+        c = rms_norm(c, self._kv_norm, LATENT_NORM_EPS, backend=self._backend)
         k_pe = apply_rope(k_pe, *angles, interleaved=True, backend=self._backend)
         pages.write_latents(inputs.slots, c, k_pe)
         self.indexer.write_keys(index_k, inputs, angles, pages)

@@ -21,6 +21,7 @@ from model.config import ModelConfig
 from model.inputs import ForwardInputs
 from model.pages import LayerPages
 
+KEY_NORM_EPS = 1e-6  # whatever `rms_norm_eps` says, as in transformers
 _TILE_SCORES = 1 << 26  # [rows, keys] fp32 scores alive at once: 256 MiB, at 128K tokens 512 rows
 
 
@@ -46,7 +47,7 @@ class Indexer:
     ) -> None:
         """LayerNorm, rotate, encode and store the rows' keys [T, D]."""
         k = F.layer_norm(
-            k.float(), k.shape[-1:], self._k_norm_weight, self._k_norm_bias, self._config.rms_norm_eps
+            k.float(), k.shape[-1:], self._k_norm_weight, self._k_norm_bias, KEY_NORM_EPS
         ).to(k.dtype)
         pages.write_index_keys(inputs.slots, *pages.encode_index(self._rotate(k, angles)))
 
