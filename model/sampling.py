@@ -1,0 +1,339 @@
+"""From logits to tokens: a pure function of logits, parameters, seed, choice and position.
+
+Shapes: R rows (one token to draw each), V vocabulary entries, K most likely entries of a row.
+
+Sampled rows use the Gumbel-max rule: with noise g_v for every entry v, argmax(log p_v + g_v) is distributed
+exactly as p. The noise belongs to (seed, choice, position, v) and not to the order of calls (`model.noise`):
+
+- A draft is verified by drawing the model's own token at its position and comparing. What is sent is always
+  the model's own token, the same with no drafts, with wrong drafts and with any number of right ones.
+- After a failover, a replay draws the tokens that the client already has.
+- Batch neighbours do not matter: a row's token and log-probabilities have the same bits alone and in any
+  batch. To keep that true nothing here sums floating-point numbers, because the order of such a sum may
+  change with the batch: masses are sums of integers.
+
+A draft is drawn by the same `draw` from the draft module's logits, with the row of the position where the
+draft will stand. It then shares the model's noise, and draft q and model p agree with probability
+sum_j 1 / sum_i max(p_i / p_j, q_i / q_j) >= (1 - TV) / (1 + TV), TV being their total variation distance
+(Daliri, Musco and Suresh, "Coupling without Communication and Drafter-Invariant Speculative Decoding").
+Rejection sampling accepts 1 - TV, more by at most a factor of 1 + TV, but its tokens change with the drafts.
+
+The order is: logit bias, repetition, frequency and presence penalties, temperature, top-k, top-p (the
+smallest set whose mass reaches it, in what top-k has left), min-p. Ties go to the lower token id everywhere:
+in argmax, at the edges of top-k and top-p, and in the list of alternatives.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from model.noise import exp, gumbel, log
+from model.sampling_params import SamplingParams
+
+# Probabilities relative to the largest are summed as multiples of 2**-44: an error below 4e-9 over any
+# vocabulary up to 2**18 entries, whose sum still fits an int64.
+_MASS_ONE = 2.0**44
+_MAX_VOCAB = 2**18
+# Most nuclei lie within this many most likely tokens, and finding those is far cheaper than sorting the
+# vocabulary. Rows whose nucleus is larger try again with so many times more.
+_FIRST_WIDTH = 512
+_WIDER = 16
+# Bounds the temporaries (32 MiB each) whatever the batch.
+_ELEMENTS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What a token depends on besides its logits.
+
+    Args:
+        params: of the request.
+        position: of the token to draw, counted from the start of the prompt; below 2**32.
+        choice: which of the request's `n` answers this is.
+        prompt: token ids of the prompt. Read by the repetition penalty only.
+        output: token ids drawn before `position`, drafts included. Read by the penalties only.
+    """
+
+    params: SamplingParams
+    position: int
+    choice: int = 0
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
+
+    def after(self, drafts: Sequence[int]) -> "SampleRow":
+        """The row behind some drafts: it is right if all of them are accepted, and unused if not."""
+        output = (*self.output, *drafts) if self.params.has_penalties else self.output
+        return replace(self, position=self.position + len(drafts), output=output)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities under the model's own distribution: before bias, penalties, temperature and cuts.
+
+    Args:
+        logprob: of the token that was drawn.
+        top: (token id, log-probability) of the most likely tokens, best first; masked ones are left out.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """Token ids, and log-probabilities of the rows that asked for them (None for the others)."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+class NonFiniteLogits(FloatingPointError):
+    """Rows whose logits hold NaN or +inf, or nothing but -inf: no token can be drawn from them.
+
+    Drawing is pure, so the other rows may simply be drawn again without these.
+
+    Args:
+        rows: their indices in the batch.
+    """
+
+    def __init__(self, rows: tuple[int, ...]) -> None:
+        super().__init__(rows)
+        self.rows = rows
+
+    def __str__(self) -> str:
+        return f"no finite largest logit in rows {', '.join(map(str, self.rows))}"
+
+
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> SampleResult:
+    """Draws one token a row, with log-probabilities where they are asked for.
+
+    Args:
+        logits: [R, V] float32; -inf marks a token that is not allowed.
+        rows: R.
+    """
+    tokens = draw(logits, rows)
+    if all(row.params.logprobs is None for row in rows):
+        return SampleResult(tokens, [None] * len(tokens))
+    return SampleResult(tokens, _logprobs(logits, tokens, rows))
+
+
+def draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """The tokens of `sample` alone: what a draft needs."""
+    assert logits.dtype == torch.float32, logits.dtype
+    assert logits.shape[0] == len(rows), (logits.shape, len(rows))
+    assert logits.shape[1] <= _MAX_VOCAB, logits.shape
+    if not rows:
+        return []
+    adjusted = _adjusted(logits, rows)
+    # NaN and +inf win this maximum, so looking at R numbers is looking at all of them.
+    best, greedy = adjusted.max(dim=-1)
+    bad = tuple(i for i, value in enumerate(best.tolist()) if not math.isfinite(value))
+    if bad:
+        raise NonFiniteLogits(bad)
+    tokens: list[int] = greedy.tolist()
+    cut = [i for i, row in enumerate(rows) if not row.params.is_greedy and row.params.cuts]
+    whole = [i for i, row in enumerate(rows) if not row.params.is_greedy and not row.params.cuts]
+    rows_at_once = max(1, _ELEMENTS_AT_ONCE // logits.shape[1])
+    for indices, draw_sampled in ((cut, _draw_cut), (whole, _draw_whole)):
+        for start in range(0, len(indices), rows_at_once):
+            part = indices[start : start + rows_at_once]
+            drawn = draw_sampled(adjusted[part], best[part], [rows[i] for i in part])
+            for i, token in zip(part, drawn.tolist(), strict=True):
+                tokens[i] = token
+    return tokens
+
+
+def num_accepted(drafts: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many drafts stand.
+
+    Row j of the verified batch is `row.after(drafts[:j])`, so `tokens` holds one more than `drafts`, and
+    `tokens[: num_accepted + 1]` is what the sequence gains.
+    """
+    assert len(tokens) == len(drafts) + 1, (len(drafts), len(tokens))
+    for j, draft in enumerate(drafts):
+        if draft != tokens[j]:
+            return j
+    return len(drafts)
+
+
+def _adjusted(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Logits with bias and penalties; the very same tensor if no row has any."""
+    adjusting = [i for i, row in enumerate(rows) if row.params.adjusts_logits]
+    if not adjusting:
+        return logits
+    adjusted = logits.clone()
+    for i in adjusting:
+        _adjust(adjusted[i], rows[i])
+    return adjusted
+
+
+def _adjust(logits: Tensor, row: SampleRow) -> None:
+    """Applies bias and penalties in place to [V] logits, reckoning in float64 and rounding once."""
+    params = row.params
+    bias = dict(params.logit_bias)
+    counts = Counter(row.output) if params.has_penalties else Counter()
+    seen = counts.keys() | (set(row.prompt) if params.repetition_penalty != 1 else set())
+    touched = sorted(bias.keys() | seen)
+    if not touched:
+        return
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)
+
+    ids = torch.tensor(touched, device=logits.device)
+    values = logits[ids].double() + column([bias.get(i, 0.0) for i in touched])
+    if params.repetition_penalty != 1:
+        penalty = column([params.repetition_penalty if i in seen else 1.0 for i in touched])
+        values = torch.where(values > 0, values / penalty, values * penalty)
+    values -= column([params.frequency_penalty * counts[i] for i in touched])
+    values -= column([params.presence_penalty if i in counts else 0.0 for i in touched])
+    logits[ids] = values.float()
+
+
+def _draw_whole(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Samples from the whole vocabulary: logits [R, V], their maxima [R] -> token ids [R]."""
+    score = _scaled(logits, best, rows)
+    score += _noise(rows, torch.arange(logits.shape[1], device=logits.device)[None])
+    return score.argmax(dim=-1)
+
+
+def _draw_cut(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Samples from what top-k, top-p and min-p keep: logits [R, V], their maxima [R] -> token ids [R]."""
+    total = _total_mass(logits, best, rows)
+    width = min(_FIRST_WIDTH, logits.shape[1])
+    tokens, complete = _draw_within(width, logits, best, total, rows)
+    unsettled = (~complete).nonzero().flatten()
+    while unsettled.numel():
+        width = min(_WIDER * width, logits.shape[1])
+        rest = [rows[i] for i in unsettled.tolist()]
+        tokens[unsettled], complete = _draw_within(
+            width, logits[unsettled], best[unsettled], total[unsettled], rest
+        )
+        unsettled = unsettled[~complete]
+    return tokens
+
+
+def _draw_within(
+    width: int, logits: Tensor, best: Tensor, total: Tensor, rows: Sequence[SampleRow]
+) -> tuple[Tensor, Tensor]:
+    """Samples from the kept tokens among the `width` most likely ones.
+
+    Args:
+        logits: [R, V], with maxima best [R].
+        total: [R, 1] int64, the mass of the whole vocabulary.
+    Returns:
+        Token ids [R], and [R] bool: whether every kept token was among those looked at. Where not, the token
+        means nothing.
+    """
+    device = logits.device
+
+    vocab_size = logits.shape[1]
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+    values, ids = _leading(logits, width)
+    scaled = _scaled(values, best, rows)
+    rank = torch.arange(width, device=device)[None]
+    top_k = column([_top_k(row, vocab_size) for row in rows])
+    top_p = column([row.params.top_p for row in rows])
+    min_p = column([math.log(row.params.min_p) if row.params.min_p else -math.inf for row in rows])
+    in_top_k = rank < top_k
+    mass = _mass(scaled) * in_top_k
+    through = mass.cumsum(dim=-1)
+    total = torch.where(top_k < vocab_size, through[:, -1:], total)
+    # The first token is kept even where top_p = 0 asks for no mass at all.
+    kept = in_top_k & ((through - mass < total * top_p) | (top_p == 1) | (rank == 0))
+    kept &= scaled >= min_p
+    complete = (top_k[:, 0] <= width) | ((top_k[:, 0] == vocab_size) & ~kept[:, -1])
+
+    # Rows are sorted, so what is kept stands in front; the noise of the rest need not be made.
+    used = int(kept.sum(dim=-1).max())
+    score = scaled[:, :used] + _noise(rows, ids[:, :used])
+    score.masked_fill_(~kept[:, :used], -torch.inf)
+    return ids.gather(-1, score.argmax(dim=-1, keepdim=True))[:, 0], complete
+
+
+def _leading(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest logits of each row and their ids, largest first, the lower id first if equal."""
+    # Adding zero turns -0.0 into 0.0: they are equal, and some sorts tell them apart.
+    logits = logits + 0.0
+    if width == logits.shape[1]:
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
+        return values, ids
+    # topk alone would take any of the entries that equal the last one it takes.
+    last = logits.topk(width, dim=-1).values[:, -1:]
+    above = logits > last
+    equal = logits == last
+    room = width - above.sum(dim=-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(dim=-1) <= room))
+    ids = chosen.nonzero()[:, 1].view(-1, width)
+    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)
+
+
+def _scaled(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """(logits - best) / temperature in float64, [R, K].
+
+    Taking the maximum away first keeps the noise from drowning when the temperature is tiny.
+    """
+    temperature = torch.tensor(
+        [row.params.temperature for row in rows], dtype=torch.float64, device=best.device
+    )
+    return (logits.double() - best.double()[:, None]).div_(temperature[:, None])
+
+
+def _mass(scaled: Tensor) -> Tensor:
+    """Probability relative to the largest, as int64 multiples of 1 / _MASS_ONE, of float64 logits <= 0."""
+    return exp(scaled).mul_(_MASS_ONE).round_().long()
+
+
+def _total_mass(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """[R, 1] int64 mass of the whole vocabulary; zero where no row needs it."""
+    vocab_size = logits.shape[1]
+    if any(row.params.top_p < 1 and _top_k(row, vocab_size) == vocab_size for row in rows):
+        return _mass(_scaled(logits, best, rows)).sum(dim=-1, keepdim=True)
+    return best.new_zeros(len(rows), 1, dtype=torch.int64)
+
+
+def _top_k(row: SampleRow, vocab_size: int) -> int:
+    return min(row.params.top_k or vocab_size, vocab_size)
+
+
+def _noise(rows: Sequence[SampleRow], ids: Tensor) -> Tensor:
+    """Gumbel noise [R, K] float64 of token ids [R, K] or [1, K]."""
+
+    def column(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=ids.device)[:, None]
+
+    # The same 64 bits as a signed number, which is what torch can hold.
+    seeds = column([(row.params.seed + 2**63) % 2**64 - 2**63 for row in rows])
+    choices = column([row.choice for row in rows])
+    positions = column([row.position for row in rows])
+    return gumbel(seeds, choices, positions, ids)
+
+
+def _logprobs(logits: Tensor, tokens: list[int], rows: Sequence[SampleRow]) -> list[TokenLogprobs | None]:
+    """Log-probabilities for the rows that ask for them: logits [R, V], the tokens drawn from them."""
+    indices = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    asked = [rows[i].params.logprobs or 0 for i in indices]
+    chosen = torch.tensor([tokens[i] for i in indices], device=logits.device)[:, None]
+    logits = logits[indices]
+    best = logits.amax(dim=-1, keepdim=True).double()
+    total = _mass(logits.double() - best).sum(dim=-1, keepdim=True)
+    log_total = log(total.double() / _MASS_ONE)
+
+    values, ids = _leading(logits, min(max(1, *asked), logits.shape[1]))
+    top_logprobs = (values.double() - best - log_total).tolist()
+    own_logprobs = (logits.gather(-1, chosen).double() - best - log_total)[:, 0].tolist()
+    result: list[TokenLogprobs | None] = [None] * len(rows)
+    for i, num_top, own, top_ids, top in zip(
+        indices, asked, own_logprobs, ids.tolist(), top_logprobs, strict=True
+    ):
+        pairs = zip(top_ids[:num_top], top, strict=False)
+        result[i] = TokenLogprobs(own, tuple(pair for pair in pairs if pair[1] > -torch.inf))
+    return result
