@@ -33,7 +33,7 @@ def dense_mla_reference(
     q: Tensor, latents: Tensor, visible: Tensor, scale: float, kv_lora_rank: int
 ) -> Tensor:
     latents = latents.to(q.dtype)
-    scores = (q @ latents.t()).float() * scale
+    scores = (q.float() @ latents.float().t()) * scale
     hidden = torch.arange(latents.shape[0], device=q.device) >= visible[:, None, None]
     weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
     return weights.to(q.dtype) @ latents[:, :kv_lora_rank]

@@ -67,6 +67,9 @@ def dequantize_blocks(values: Tensor, scales: Tensor, block: int) -> Tensor:
     Returns:
         [N, K] float32.
     """
-    rows, columns = values.shape
-    wide = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
-    return values.float().mul_(wide)
+    wide = values.float()
+    for strip, factors in zip(
+        wide.split(block), scales.repeat_interleave(block, 1)[:, : values.shape[1]], strict=True
+    ):
+        strip.mul_(factors)
+    return wide

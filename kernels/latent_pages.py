@@ -58,8 +58,10 @@ def pack_latents_reference(c: Tensor, k_pe: Tensor) -> Tensor:
 def unpack_latents_reference(records: Tensor, kv_lora_rank: int) -> Tensor:
     num_scales = math.ceil(kv_lora_rank / LATENT_GROUP)
     rope_bytes = records.shape[-1] - kv_lora_rank - 4 * num_scales
-    values, scales, k_pe = records.split([kv_lora_rank, 4 * num_scales, rope_bytes], dim=-1)
-    c = dequantize_reference(
-        values.contiguous().view(FP8), scales.contiguous().view(torch.float32), LATENT_GROUP
+    # Cloned, because a slice of one record counts as contiguous and may begin where no fp32 can.
+    values, scales, k_pe = (
+        part.clone(memory_format=torch.contiguous_format)
+        for part in records.split([kv_lora_rank, 4 * num_scales, rope_bytes], dim=-1)
     )
-    return torch.cat([c, k_pe.contiguous().view(torch.bfloat16).float()], dim=-1)
+    c = dequantize_reference(values.view(FP8), scales.view(torch.float32), LATENT_GROUP)
+    return torch.cat([c, k_pe.view(torch.bfloat16).float()], dim=-1)

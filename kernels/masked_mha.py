@@ -43,14 +43,16 @@ def masked_mha_reference(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, selected: Tensor | None, scale: float
 ) -> Tensor:
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
-    keys, values = k.permute(1, 2, 0).contiguous(), v.transpose(0, 1).contiguous()  # [H, Q, L], [H, L, V]
-    queries = (q * scale).transpose(0, 1)
+    keys = k.float().permute(1, 2, 0).contiguous()  # [H, Q, L]
+    values = v.transpose(0, 1).contiguous()  # [H, L, V]
+    queries = (q.float() * scale).transpose(0, 1)
     for start in range(0, q.shape[0], _TILE_ROWS):
         rows = slice(start, start + _TILE_ROWS)
         num_keys = int(visible[rows][-1])
         mask = _mask(visible[rows], None if selected is None else selected[rows], num_keys)
-        scores = torch.baddbmm(mask.to(q.dtype), queries[:, rows], keys[..., :num_keys])
-        weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        weights = torch.baddbmm(mask, queries[:, rows], keys[..., :num_keys]).softmax(-1).to(q.dtype)
+        # A row without any key is 0/0. It gets zeros; any other NaN stays to be seen.
+        weights = weights.masked_fill_((mask == float("-inf")).all(-1)[:, None], 0.0)
         out[rows] = torch.bmm(weights, values[:, :num_keys]).transpose(0, 1)
     return out
 

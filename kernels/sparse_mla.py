@@ -53,8 +53,9 @@ def sparse_mla_reference(
         skipped = slots[rows] < 0
         if skipped.any():  # those were read from slot 0, which is somebody's: 0 * NaN would still be NaN
             latents = latents.masked_fill(skipped.unsqueeze(-1), 0.0)
-        scores = torch.bmm(q[rows], latents.transpose(1, 2)).float() * scale
-        # A row of only skipped slots would be 0/0: its softmax is made of zeros instead.
-        weights = scores.masked_fill_(skipped.unsqueeze(1), float("-inf")).softmax(-1).nan_to_num_(0.0)
+        scores = torch.bmm(q[rows].float(), latents.float().transpose(1, 2)) * scale
+        weights = scores.masked_fill_(skipped.unsqueeze(1), float("-inf")).softmax(-1)
+        # A row of only skipped slots is 0/0. It gets zeros; any other NaN stays to be seen.
+        weights = weights.masked_fill_(skipped.all(-1)[:, None, None], 0.0)
         out[rows] = torch.bmm(weights.to(q.dtype), latents[..., :kv_lora_rank])
     return out

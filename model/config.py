@@ -4,48 +4,65 @@ import json
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from model.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 FP8_BLOCK = 128  # rows and columns that share one weight scale, and channels that share one activation scale
 
+_RULE = "eightfold_rule"
+_ROPE_KEYS = ("rope_parameters", "rope_scaling")  # of transformers 5, and of the official checkpoints
+
+_Size = Annotated[int, Field(gt=0, lt=1 << 31)]
+_Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+_Positive = Annotated[float, Field(gt=0)]
+
 
 class _Facts(BaseModel):
     """Frozen, strict about types; keys that the model's arithmetic does not use are ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+def _broken(key: str, expected: str, found: Any) -> PydanticCustomError:
+    """A rule that pydantic has no words for; `ModelConfig.load` names its key as it does for the others."""
+    context = {"key": key, "expected": expected, "found": found}
+    return PydanticCustomError(_RULE, "{key}: expected {expected}", context)
 
 
 class Yarn(_Facts):
     """YaRN's stretching of RoPE (https://arxiv.org/abs/2309.00071), as DeepSeek-V3 uses it.
 
     cos and sin carry no factor of their own here (the checkpoint's mscale equals its mscale_all_dim), so
-    the model differs from plain RoPE in its frequencies and in the softmax scale only.
+    the model differs from plain RoPE in its frequencies and in the softmax scale only. Without both of them
+    the checkpoint means another arithmetic: a factor on cos and sin.
     """
 
-    factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(gt=0)
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
+    factor: _Positive
+    original_max_position_embeddings: _Size
+    beta_fast: _Positive = 32.0
+    beta_slow: _Positive = 1.0
+    mscale: _Positive
+    mscale_all_dim: _Positive
+    attention_factor: Annotated[float, Field(ge=1, le=1)] | None = None
+    truncate: Literal[True] = True
 
     @model_validator(mode="after")
-    def _has_no_attention_factor(self) -> "Yarn":
-        if self.mscale_all_dim and self.mscale != self.mscale_all_dim:
-            raise ValueError(f"mscale {self.mscale} must equal mscale_all_dim {self.mscale_all_dim}")
-        if not self.mscale_all_dim and self.mscale != 1.0:
-            raise ValueError(f"mscale {self.mscale} without mscale_all_dim is not DeepSeek's YaRN")
+    def _is_consistent(self) -> "Yarn":
+        if self.mscale != self.mscale_all_dim:
+            raise _broken("mscale", f"the mscale_all_dim, {self.mscale_all_dim}", self.mscale)
+        if self.beta_fast < self.beta_slow:
+            raise _broken("beta_fast", f"at least the beta_slow, {self.beta_slow}", self.beta_fast)
         return self
 
     @property
     def attention_mscale(self) -> float:
         """What the softmax scale is multiplied by, squared: 0.1 * mscale * ln(factor) + 1."""
-        if self.factor <= 1 or not self.mscale_all_dim:
+        if self.factor <= 1:
             return 1.0
         return 0.1 * self.mscale_all_dim * math.log(self.factor) + 1.0
 
@@ -55,7 +72,8 @@ class Quantization(_Facts):
 
     quant_method: Literal["fp8"]
     fmt: Literal["e4m3"] = "e4m3"
-    weight_block_size: tuple[Literal[128], Literal[128]] = (FP8_BLOCK, FP8_BLOCK)
+    activation_scheme: Literal["dynamic"] = "dynamic"
+    weight_block_size: tuple[Literal[128], Literal[128]] = (128, 128)
     scale_fmt: Literal["ue8m0"] | None = None
 
 
@@ -63,19 +81,19 @@ class ModelConfig(_Facts):
     """The shape of one DeepSeek-V3.2-class model. Names are those of the checkpoint."""
 
     model_type: Literal["deepseek_v32"]
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    moe_intermediate_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    first_k_dense_replace: int = Field(ge=0)
-    num_attention_heads: int = Field(gt=0)
-    n_routed_experts: int = Field(gt=0)
-    n_shared_experts: int = Field(gt=0)
-    num_experts_per_tok: int = Field(gt=0)
-    n_group: int = Field(gt=0)
-    topk_group: int = Field(gt=0)
-    routed_scaling_factor: float
+    vocab_size: _Size
+    hidden_size: _Size
+    intermediate_size: _Size
+    moe_intermediate_size: _Size
+    num_hidden_layers: _Size
+    first_k_dense_replace: _Count
+    num_attention_heads: _Size
+    n_routed_experts: _Size
+    n_shared_experts: _Size
+    num_experts_per_tok: _Size
+    n_group: _Size
+    topk_group: _Size
+    routed_scaling_factor: _Positive
     norm_topk_prob: bool = True
     scoring_func: Literal["sigmoid"] = "sigmoid"
     topk_method: Literal["noaux_tc"] = "noaux_tc"
@@ -83,21 +101,22 @@ class ModelConfig(_Facts):
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
     tie_word_embeddings: Literal[False] = False
-    q_lora_rank: int = Field(gt=0)
-    kv_lora_rank: int = Field(gt=0)
-    qk_nope_head_dim: int = Field(gt=0)
-    qk_rope_head_dim: int = Field(gt=0, multiple_of=2)
-    v_head_dim: int = Field(gt=0)
-    index_n_heads: int = Field(gt=0)
-    index_head_dim: int = Field(gt=0)
-    index_topk: int = Field(gt=0)
-    rms_norm_eps: float = Field(default=1e-6, gt=0)
-    max_position_embeddings: int = Field(gt=0)
-    rope_theta: float = Field(gt=0)
+    q_lora_rank: _Size
+    kv_lora_rank: _Size
+    qk_nope_head_dim: _Size
+    qk_rope_head_dim: Annotated[_Size, Field(multiple_of=2)]
+    v_head_dim: _Size
+    index_n_heads: _Size
+    index_head_dim: _Size
+    index_topk: _Size
+    indexer_rope_interleave: Literal[False] = False
+    rms_norm_eps: _Positive = 1e-6
+    max_position_embeddings: _Size
+    rope_theta: Annotated[float, Field(gt=1)]
     yarn: Yarn | None = None
     num_nextn_predict_layers: int = Field(default=0, ge=0, le=1)
-    bos_token_id: int = 0
-    eos_token_id: int = 1
+    bos_token_id: _Count = 0
+    eos_token_id: _Count = 1
     quantization_config: Quantization | None = None
 
     @model_validator(mode="before")
@@ -105,50 +124,62 @@ class ModelConfig(_Facts):
     def _read_rope_keys(cls, facts: dict[str, Any]) -> dict[str, Any]:
         """Accept `rope_theta` + `rope_scaling`, and the `rope_parameters` of transformers 5."""
         facts = dict(facts)
-        rope = facts.pop("rope_parameters", None) or facts.pop("rope_scaling", None) or {}
+        for key in (*_ROPE_KEYS, "quantization_config"):
+            if not isinstance(facts.get(key), dict | None):
+                raise _broken(key, "an object or null", facts[key])
+        new, old = (facts.get(key) for key in _ROPE_KEYS)
+        if new and old and new != old:
+            raise _broken("rope_scaling", "the same as rope_parameters, or null", old)
+        rope = new or old or {}
         if "rope_theta" in rope:
+            if facts.get("rope_theta") not in (None, rope["rope_theta"]):
+                expected = f"the one of {_rope_key(facts)}, {shown(rope['rope_theta'])}"
+                raise _broken("rope_theta", expected, facts["rope_theta"])
             facts["rope_theta"] = rope["rope_theta"]
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "yarn":
             facts["yarn"] = rope
         elif kind != "default":
-            raise ValueError(f"rope type {kind!r} is neither 'default' nor 'yarn'")
-        for key in ("rope_theta", "routed_scaling_factor"):
-            if type(facts.get(key)) is int:
-                facts[key] = float(facts[key])
-        if facts.get("quantization_config"):
-            quantization = dict(facts["quantization_config"])
-            if isinstance(quantization.get("weight_block_size"), list):
-                quantization["weight_block_size"] = tuple(quantization["weight_block_size"])
-            facts["quantization_config"] = quantization
+            name = "rope_type" if "rope_type" in rope else "type"
+            raise _broken(f"{_rope_key(facts)}.{name}", "'default' or 'yarn'", kind)
+        quantization = facts.get("quantization_config")
+        if quantization and isinstance(quantization.get("weight_block_size"), list):
+            blocks = tuple(quantization["weight_block_size"])
+            facts["quantization_config"] = {**quantization, "weight_block_size": blocks}
         return facts
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "ModelConfig":
-        def must(holds: bool, rule: str) -> None:
+        def must(holds: bool, key: str, expected: str, found: int) -> None:
             if not holds:
-                raise ValueError(rule)
+                raise _broken(key, expected, found)
 
-        group_size = self.n_routed_experts // self.n_group
-        must(self.n_routed_experts % self.n_group == 0, "n_routed_experts must be a multiple of n_group")
-        must(group_size >= 2, "a group must hold at least 2 experts: its score is the sum of its best two")
-        must(self.topk_group <= self.n_group, "topk_group must not exceed n_group")
+        experts, groups, layers = self.n_routed_experts, self.n_group, self.num_hidden_layers
+        must(experts % groups == 0, "n_routed_experts", f"a multiple of n_group, {groups}", experts)
         must(
-            self.num_experts_per_tok <= self.topk_group * group_size,
-            "num_experts_per_tok must not exceed the experts of topk_group groups",
+            self.group_size >= 2,
+            "n_routed_experts",
+            f"at least 2 for each n_group, {2 * groups} (a group's score is the sum of its best two)",
+            experts,
         )
+        must(self.topk_group <= groups, "topk_group", f"at most n_group, {groups}", self.topk_group)
+        reachable = self.topk_group * self.group_size
+        chosen, dense = self.num_experts_per_tok, self.first_k_dense_replace
         must(
-            self.first_k_dense_replace <= self.num_hidden_layers,
-            "first_k_dense_replace must not exceed num_hidden_layers",
+            chosen <= reachable,
+            "num_experts_per_tok",
+            f"at most the {reachable} experts of topk_group groups",
+            chosen,
         )
+        must(dense <= layers, "first_k_dense_replace", f"at most num_hidden_layers, {layers}", dense)
         must(
             self.index_head_dim >= self.qk_rope_head_dim,
-            "index_head_dim must hold qk_rope_head_dim rotated channels",
+            "index_head_dim",
+            f"at least qk_rope_head_dim, {self.qk_rope_head_dim}",
+            self.index_head_dim,
         )
-        must(
-            0 <= self.eos_token_id < self.vocab_size and 0 <= self.bos_token_id < self.vocab_size,
-            "bos_token_id and eos_token_id must lie in the vocabulary",
-        )
+        for key, token in (("bos_token_id", self.bos_token_id), ("eos_token_id", self.eos_token_id)):
+            must(token < self.vocab_size, key, f"less than vocab_size, {self.vocab_size}", token)
         return self
 
     @classmethod
@@ -159,25 +190,17 @@ class ModelConfig(_Facts):
             CheckpointError: no such file, not JSON, or a key that is missing or has no usable value.
         """
         try:
-            facts = json.loads((directory / CONFIG_FILE).read_bytes())
-        except FileNotFoundError:
-            raise CheckpointError(CONFIG_FILE, "", "the model's configuration", "no such file") from None
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(CONFIG_FILE, "", "JSON", str(error)) from None
+            raw = (directory / CONFIG_FILE).read_bytes()
+        except OSError as error:
+            found = error.strerror or "an error"
+            raise CheckpointError(CONFIG_FILE, "", "the model's configuration", found) from None
+        facts = parse_json(CONFIG_FILE, raw)
         if not isinstance(facts, dict):
             raise CheckpointError(CONFIG_FILE, "", "a JSON object", type(facts).__name__)
         try:
             return cls.model_validate(facts)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            found = (
-                f"{json.dumps(first['input'])[:60]}" if key and first["type"] != "missing" else "otherwise"
-            )
-            if first["type"] == "missing":
-                found = "no such key"
-            message = first["msg"].removeprefix("Value error, ")
-            raise CheckpointError(CONFIG_FILE, key, message[:1].lower() + message[1:], found) from None
+            raise _named(error.errors()[0], _rope_key(facts)) from None
 
     @property
     def qk_head_dim(self) -> int:
@@ -207,3 +230,48 @@ class ModelConfig(_Facts):
     def is_dense(self, layer: int) -> bool:
         """Whether a layer's feed-forward part is one dense FFN; the MTP layer's never is."""
         return layer < self.first_k_dense_replace and layer < self.num_hidden_layers
+
+
+def parse_json(file: str, raw: bytes) -> Any:
+    """Parse one of a checkpoint's JSON files, in which no object may name a key twice.
+
+    Raises:
+        CheckpointError: not JSON, or a key that stands twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise CheckpointError(file, shown(key).strip('"'), "each name once", "the name twice")
+            result[key] = value
+        return result
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(file, "", "JSON", f"bytes that start {raw[:16]!r} ({error})") from None
+
+
+def shown(value: Any) -> str:
+    """A value out of a file, as it may stand in a message: one line, of printable ASCII, not long."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _rope_key(facts: dict[str, Any]) -> str:
+    """The key under which this configuration describes its RoPE."""
+    return next((key for key in _ROPE_KEYS if facts.get(key)), _ROPE_KEYS[-1])
+
+
+def _named(error: ErrorDetails, rope_key: str) -> CheckpointError:
+    """One error of pydantic's, in the checkpoint's words: which key, what is expected, what is found."""
+    keys = [rope_key if part == "yarn" else str(part) for part in error["loc"]]
+    if error["type"] == _RULE:
+        context = error["ctx"]
+        key = ".".join([*keys, context["key"]])
+        return CheckpointError(CONFIG_FILE, key, context["expected"], shown(context["found"]))
+    if error["type"] == "missing":
+        return CheckpointError(CONFIG_FILE, ".".join(keys), "a value", "no such key")
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("Input should ")
+    return CheckpointError(CONFIG_FILE, ".".join(keys), expected, shown(error["input"]))

@@ -7,7 +7,9 @@ from workers.sequence import Request, Sequence
 
 def prefilling(num_prompt: int, num_cached: int = 0) -> Sequence:
     request = Request("p", tuple(range(num_prompt)), SamplingParams(max_tokens=8))
-    return Sequence(request, pages=[], num_cached=num_cached)
+    sequence = Sequence(request, pages=[])
+    sequence.num_cached = num_cached
+    return sequence
 
 
 def decoding(num_drafts: int) -> Sequence:
