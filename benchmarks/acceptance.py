@@ -78,7 +78,8 @@ def main() -> None:
             result = accepted(model, prompts, num_drafts, params)
             rates = "  ".join(f"{rate:.3f}" for rate in result.rates())
             print(
-                f"{name:<16}{num_drafts} drafts  accepted by position: {rates}   of {result.drafted[:num_drafts]}"
+                f"{name:<16}{num_drafts} drafts, accepted by position: {rates}"
+                f"   of {result.drafted[:num_drafts]}"
             )
 
 
