@@ -46,10 +46,9 @@ class Indexer:
         self, k: Tensor, inputs: ForwardInputs, angles: tuple[Tensor, Tensor], pages: LayerPages
     ) -> None:
         """LayerNorm, rotate, encode and store the rows' keys [T, D]."""
-        k = F.layer_norm(
-            k.float(), k.shape[-1:], self._k_norm_weight, self._k_norm_bias, KEY_NORM_EPS
-        ).to(k.dtype)
-        pages.write_index_keys(inputs.slots, *pages.encode_index(self._rotate(k, angles)))
+        weight, bias = self._k_norm_weight, self._k_norm_bias
+        normed = F.layer_norm(k.float(), k.shape[-1:], weight, bias, KEY_NORM_EPS).to(k.dtype)
+        pages.write_index_keys(inputs.slots, *pages.encode_index(self._rotate(normed, angles)))
 
     def queries(self, x: Tensor, q: Tensor, angles: tuple[Tensor, Tensor], pages: LayerPages) -> IndexQueries:
         """Encode projected queries [T, H * D] and compute the head weights from x [T, D_hidden]."""
