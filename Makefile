@@ -12,7 +12,7 @@ serve: $(VENV)
 
 ## the tests that need no GPU
 test: $(VENV)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 ## the tests that need an NVIDIA GPU
 gpu-test: $(VENV)

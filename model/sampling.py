@@ -64,6 +64,11 @@ class SampleRow:
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()
 
+    def __post_init__(self) -> None:
+        # The generator takes 32 bits of each; more would give two places the same noise.
+        assert 0 <= self.position < 2**32, self.position
+        assert 0 <= self.choice < 2**32, self.choice
+
     def after(self, drafts: Sequence[int]) -> "SampleRow":
         """The row behind some drafts: it is right if all of them are accepted, and unused if not."""
         output = (*self.output, *drafts) if self.params.has_penalties else self.output
@@ -229,9 +234,7 @@ def _draw_within(
         Token ids [R], and [R] bool: whether every kept token was among those looked at. Where not, the token
         means nothing.
     """
-    device = logits.device
-
-    vocab_size = logits.shape[1]
+    vocab_size, device = logits.shape[1], logits.device
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
