@@ -263,8 +263,6 @@ def _draw_within(
 
 def _leading(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The `width` largest logits of each row and their ids, largest first, the lower id first if equal."""
-    # Adding zero turns -0.0 into 0.0: they are equal, and some sorts tell them apart.
-    logits = logits + 0.0
     if width == logits.shape[1]:
         values, ids = logits.sort(dim=-1, descending=True, stable=True)
         return values, ids
