@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test gpu-test check bench clean
+.PHONY: serve test gpu-test check bench proto clean
 
 ## talk to the demo model (until the cluster exists: in one process)
 serve: $(VENV)
@@ -28,6 +28,11 @@ check: $(VENV)
 ## compare with transformers on this machine
 bench: $(VENV)
 	$(BIN)/python benchmarks/generate.py
+
+## generate the gRPC stubs anew
+proto: $(VENV)
+	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. --grpc_python_out=. \
+		cluster/proto/eightfold/v1/eightfold.proto
 
 $(VENV): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Eightfold needs Python 3.11 or newer")'

@@ -12,6 +12,7 @@ EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
 EXIT_USER_ERROR = 2  # something the user can mend: arguments, a checkpoint, a request
 
 _COMMANDS = {
+    "serve": "serve a model over HTTP and gRPC",
     "chat": "talk to a model in the terminal",
     "generate": "continue one prompt",
     "logits": "write a prompt's logits to a file",
@@ -43,7 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="eightfold", description="Serve DeepSeek-V3.2-class language models."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adders = {"chat": _add_chat, "generate": _add_generate, "logits": _add_logits, "inspect": _add_inspect}
+    adders = {
+        "serve": _add_serve,
+        "chat": _add_chat,
+        "generate": _add_generate,
+        "logits": _add_logits,
+        "inspect": _add_inspect,
+    }
     for name, summary in _COMMANDS.items():
         adders[name](
             commands.add_parser(
@@ -54,6 +61,16 @@ def build_parser() -> argparse.ArgumentParser:
             )
         )
     return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config",
+        type=Path,
+        nargs="?",
+        metavar="CONFIG.yaml",
+        help="description of the cluster; without one, the demo on ports 8000 and 50051 of this machine",
+    )
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:

@@ -83,8 +83,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, in which added tokens are recognised. BOS is never put in front."""
-        ids: list[int] = self._full.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encode(self._full, text)
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` taken literally: no id of an added token comes out, whatever the text spells.
@@ -92,8 +91,7 @@ class Tokenizer:
         For text from outside, which must not be able to forge a role marker. Without such spellings in it the
         ids are those of `encode`.
         """
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encode(self._plain, text)
 
     def split_added(self, text: str) -> list[str | int]:
         """Cuts `text` at its added tokens: ids for those, strings (never empty) for what lies between."""
@@ -195,6 +193,12 @@ def _read_text(directory: Path, name: str) -> str:
             error.strerror if isinstance(error, OSError) and error.strerror else "bytes that are not UTF-8"
         )
         raise CheckpointError(name, "", "a readable text file", reason) from error
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    # A batch of one: unlike `encode`, it lets other threads run meanwhile, and long texts take seconds.
+    ids: list[int] = tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+    return ids
 
 
 def _check_kind(full: tokenizers.Tokenizer) -> None:

@@ -1,0 +1,232 @@
+"""The one description of a cluster: a YAML file, read once into frozen models.
+
+Unknown keys, keys that stand twice and YAML aliases are refused. Facts of the model are not in it: they come
+from the checkpoint. Values have the names of the constructors' arguments that they end up in.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from cluster.gateway.core import Budgets
+from cluster.gateway.http_guard import HttpLimits
+from kernels.backend import Backend
+from model.attention import AttentionMode
+from model.decoder import DTypeName
+from model.errors import EightfoldError
+from model.pages import PageFormat
+from workers.engine import EngineConfig
+from workers.local import ModelOptions
+from workers.speculate import MAX_DRAFTS
+
+MAX_FILE_BYTES = 256 * 1024
+DEMO = Path(__file__).parent.parent / "model" / "demo"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(EightfoldError):
+    """A cluster description that cannot be used as it stands.
+
+    Args:
+        file: its name.
+        key: the key concerned, dotted, or "" for the file as a whole.
+        problem: what is wrong, with the value, and what would do.
+    """
+
+    def __init__(self, file: str, key: str, problem: str) -> None:
+        super().__init__(file, key, problem)
+        self.file, self.key, self.problem = file, key, problem
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.file, self.key, self.problem) if part)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSection(_Section):
+    """Which checkpoint, under which name, and how it is computed."""
+
+    directory: Annotated[Path, Field(strict=False)] = DEMO
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{1,128}$")] | None = None
+    dtype: DTypeName = "float32"
+    pages: PageFormat = "full"
+    attention: AttentionMode = "sparse"
+    kernels: Backend = "reference"
+
+    @property
+    def served_name(self) -> str:
+        """What clients call the model: the name given, or that of the directory."""
+        return self.name or self.directory.resolve().name
+
+    def options(self) -> ModelOptions:
+        return ModelOptions(self.dtype, self.pages, self.attention, self.kernels)
+
+
+class EngineSection(_Section):
+    """How the engine runs, and how much it may take on.
+
+    `tokens` is the room in pages, all sequences together; None is eight times the model's context.
+    """
+
+    chunk: Count = 2048
+    drafts: Annotated[int, Field(ge=0, le=MAX_DRAFTS)] = 0
+    tokens: Count | None = None
+    max_waiting: Count = 64
+
+    def config(self) -> EngineConfig:
+        return EngineConfig(self.chunk, self.drafts)
+
+
+class TlsSection(_Section):
+    """PEM files of the server's own certificate chain and key."""
+
+    certificate: Annotated[Path, Field(strict=False)]
+    key: Annotated[Path, Field(strict=False)]
+
+
+class LimitsSection(_Section):
+    """What a client may take. Sizes count bytes, times count seconds."""
+
+    body_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 4 * 2**20
+    header_bytes: Annotated[int, Field(ge=1024, le=2**20)] = 32 * 2**10
+    header_seconds: Seconds = 10.0
+    body_seconds: Seconds = 30.0
+    send_seconds: Seconds = 30.0
+    keep_alive_seconds: Seconds = 15.0
+    first_token_seconds: Seconds = 120.0
+    total_seconds: Seconds = 600.0
+    connections: Count = 1000
+    default_max_tokens: Count = 4096
+    max_unread_tokens: Count = 4096
+    journal_tokens: Count = 16 * 2**20
+
+    def http(self) -> HttpLimits:
+        return HttpLimits(
+            self.body_bytes, self.header_bytes, self.header_seconds, self.body_seconds, self.send_seconds,
+            self.keep_alive_seconds, self.connections,
+        )  # fmt: skip
+
+    def budgets(self) -> Budgets:
+        return Budgets(
+            self.first_token_seconds, self.total_seconds, self.default_max_tokens, self.journal_tokens
+        )
+
+
+class GatewaySection(_Section):
+    """Where the servers listen, and who may come in. Port 0 is any free one."""
+
+    host: Annotated[str, StringConstraints(min_length=1, max_length=255)] = "127.0.0.1"
+    http_port: Port = 8000
+    grpc_port: Port = 50051
+    api_key_hashes: Annotated[tuple[Sha256, ...], Field(strict=False)] = ()
+    tls: TlsSection | None = None
+    drain_seconds: Seconds = 30.0
+    limits: LimitsSection = LimitsSection()
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> "GatewaySection":
+        if self.http_port and self.http_port == self.grpc_port:
+            raise ValueError(f"http_port and grpc_port are both {self.http_port}; choose two")
+        return self
+
+
+class ClusterConfig(_Section):
+    """A cluster."""
+
+    model: ModelSection = ModelSection()
+    engine: EngineSection = EngineSection()
+    gateway: GatewaySection = GatewaySection()
+
+    @classmethod
+    def load(cls, path: Path) -> "ClusterConfig":
+        """Reads a description; relative paths in it start from its own directory.
+
+        Raises:
+            ConfigError: it cannot be used; the key and how to mend it are named.
+        """
+        raw = _read_yaml(path)
+        try:
+            config = cls.model_validate(raw)
+        except ValidationError as error:
+            raise _config_error(path.name, error) from None
+        return config._from(path.parent)
+
+    def _from(self, base: Path) -> "ClusterConfig":
+        """The same with its relative paths starting from `base`."""
+        model = self.model.model_copy(update={"directory": base / self.model.directory})
+        gateway = self.gateway
+        if gateway.tls:
+            files = {"certificate": base / gateway.tls.certificate, "key": base / gateway.tls.key}
+            gateway = gateway.model_copy(update={"tls": gateway.tls.model_copy(update=files)})
+        return self.model_copy(update={"model": model, "gateway": gateway})
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Plain values only: no aliases, which can blow up a small file, and no key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases are not used here", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(str(path), "", error.strerror or "cannot be read") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(path.name, "", f"is larger than {MAX_FILE_BYTES} bytes; is it the right file?")
+    try:
+        raw = yaml.load(data, Loader=_Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(path.name, "", f"is not YAML that can be used: {error.problem}{line}") from None
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError):
+        raise ConfigError(path.name, "", "is not YAML that can be used") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(path.name, "", "must hold keys and values, such as `gateway: {http_port: 8000}`")
+    return raw
+
+
+def _config_error(file: str, error: ValidationError) -> ConfigError:
+    """The first thing that is wrong, in our words."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return ConfigError(file, key, "there is no such key; check its spelling and its section")
+    if first["type"] == "missing":
+        return ConfigError(file, key, "is missing")
+    if first["type"] == "value_error":
+        return ConfigError(file, key, str(first["ctx"]["error"]))
+    if "api_key_hashes" in first["loc"]:  # somebody may have written the key itself: do not show it
+        problem = "must hold SHA-256 digests in hex, as `printf %s KEY | sha256sum` makes them"
+        return ConfigError(file, key, problem)
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    message = first["msg"].removeprefix("Input ")
+    return ConfigError(file, key, f"is {shown}; it {message}")

@@ -1,0 +1,74 @@
+"""What the gateway asks of whoever runs the model. One process today; a cluster implements the same."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from model.chat.encoding import ChatEncoding
+from model.config import ModelConfig
+from model.tokenizer import Tokenizer
+from workers.sequence import Request, Token
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the gateway knows of the model that it speaks for.
+
+    `context` is what one request may hold, prompt and answer together; `digest` names the weights.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    encoding: ChatEncoding
+    digest: str
+    context: int
+
+
+@dataclass(frozen=True)
+class WorkerLoad:
+    """How busy whoever runs the model is. `waiting` requests have got no token yet."""
+
+    waiting: int
+    running: int
+    free_pages: int
+    num_pages: int
+
+
+class TokenStream(Protocol):
+    """The tokens of one accepted request, each once and in order; the last one has a finish reason."""
+
+    def __aiter__(self) -> "TokenStream": ...
+
+    async def __anext__(self) -> Token:
+        """The next token.
+
+        Raises:
+            Refusal: the request has failed; no token follows.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Cancels the request if it still runs: its pages are free within one step."""
+        ...
+
+
+class Backend(Protocol):
+    """Runs requests."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    async def generate(self, request: Request) -> TokenStream:
+        """Takes a request on, or refuses it before anything is spent on it.
+
+        Raises:
+            Overloaded: no room now.
+            RequestError: it can never run here.
+        """
+        ...
+
+    def load(self) -> WorkerLoad: ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be run at all."""
+        ...

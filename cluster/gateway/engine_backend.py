@@ -1,0 +1,223 @@
+"""The model in this process: an engine in one thread of its own, bridged to asyncio.
+
+Only that thread touches the engine. The event loop hands it orders (`_Order`) under a lock; it hands back the
+tokens of each step with one call into the loop.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+from cluster.gateway.backend import ModelFacts, WorkerLoad
+from cluster.gateway.errors import Kind, Overloaded, Refusal, ReplicaLost, as_refusal
+from model.sampling import NonFiniteLogits
+from workers.engine import Engine
+from workers.sequence import Request, Token
+
+_log = logging.getLogger(__name__)
+
+# An engine that fails so many steps in a row is broken for good; one failure may be that of one request.
+_MAX_FAILURES = 3
+
+_Order = Callable[[], None]
+
+
+class EngineStream:
+    """The tokens of one request; lives in the event loop."""
+
+    def __init__(self, backend: "EngineBackend", request: Request) -> None:
+        self._backend, self.uid = backend, request.uid
+        self.queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.has_started = False
+        self._ended = False
+
+    def __aiter__(self) -> "EngineStream":
+        return self
+
+    async def __anext__(self) -> Token:
+        if self._ended:
+            raise StopAsyncIteration
+        item = await self.queue.get()
+        if isinstance(item, Exception):
+            self._ended = True
+            raise item
+        self._ended = item.finish_reason is not None
+        return item
+
+    async def aclose(self) -> None:
+        self._ended = True
+        self._backend.cancel(self.uid)
+
+
+class EngineBackend:
+    """An engine behind the gateway's seam.
+
+    Args:
+        engine: nobody else may use it once this is started.
+        facts: of its model.
+        max_waiting: requests that may wait for their first token; more are refused.
+        max_unread: tokens that a reader may be behind before its request is cancelled.
+    """
+
+    def __init__(
+        self, engine: Engine, facts: ModelFacts, *, max_waiting: int = 64, max_unread: int = 4096
+    ) -> None:
+        self._engine, self._facts = engine, facts
+        self._max_waiting, self._max_unread = max_waiting, max_unread
+        self._streams: dict[str, EngineStream] = {}
+        self._held: set[str] = set()  # what the engine has; the thread's own
+        self._orders: list[_Order] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._broken = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self._facts
+
+    @property
+    def is_ready(self) -> bool:
+        return self._thread.is_alive() and not self._stopping and not self._broken
+
+    def start(self) -> None:
+        """Starts the thread; the running event loop is the one that requests come from."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread after its current step. Requests still open fail as retryable."""
+        self._order(self._stop)
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._fail_all(Overloaded("the server is shutting down; send the request again"))
+
+    async def generate(self, request: Request) -> EngineStream:
+        if not self.is_ready:
+            raise Overloaded("the model is not running")
+        if self.load().waiting >= self._max_waiting:
+            raise Overloaded(f"{self._max_waiting} requests are waiting already; try again a little later")
+        assert request.uid not in self._streams, request.uid
+        stream = self._streams[request.uid] = EngineStream(self, request)
+        self._order(lambda: self._add(request, stream))
+        try:
+            await stream.accepted
+        except BaseException:  # whoever asked may be cancelled while it waits
+            self.cancel(request.uid)
+            raise
+        return stream
+
+    def cancel(self, uid: str) -> None:
+        """Drops a request, open or not."""
+        if self._streams.pop(uid, None):
+            self._order(lambda: self._drop(uid))
+
+    def load(self) -> WorkerLoad:
+        running = sum(stream.has_started for stream in self._streams.values())
+        pool = self._engine.pool
+        return WorkerLoad(len(self._streams) - running, running, pool.num_free, pool.num_pages)
+
+    # In the event loop
+
+    def _order(self, order: _Order) -> None:
+        with self._changed:
+            self._orders.append(order)
+            self._changed.notify()
+
+    def _deliver(self, tokens: list[Token]) -> None:
+        for token in tokens:
+            stream = self._streams.get(token.uid)
+            if stream is None:  # cancelled while this step ran
+                continue
+            stream.has_started = True
+            stream.queue.put_nowait(token)
+            if token.finish_reason:
+                del self._streams[token.uid]
+            elif stream.queue.qsize() > self._max_unread:
+                self.cancel(token.uid)
+                problem = f"the answer was not read: {self._max_unread} tokens were waiting to be sent"
+                stream.queue.put_nowait(Refusal(Kind.SLOW_READER, problem))
+
+    def _fail(self, uids: Iterable[str], error: Exception) -> None:
+        for uid in uids:
+            if stream := self._streams.pop(uid, None):
+                _settle(stream.accepted, error)
+                stream.queue.put_nowait(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        self._fail(list(self._streams), error)
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        failures = 0
+        while self._obey():
+            try:
+                tokens = self._engine.step()
+            except Exception as error:
+                _log.exception("a step of the engine failed")
+                # Logits that are no numbers are the fault of a request, which must not take the engine down.
+                failures += not isinstance(error, NonFiniteLogits)
+                self._give_up(error)
+                if failures >= _MAX_FAILURES:
+                    self._broken = True
+                    self._call(self._fail_all, ReplicaLost())
+                    return
+            else:
+                failures = 0
+                self._held.difference_update(token.uid for token in tokens if token.finish_reason)
+                self._call(self._deliver, tokens)
+        for uid in list(self._held):
+            self._drop(uid)
+
+    def _obey(self) -> bool:
+        """Carries out orders, waiting for some while there is nothing to run; False is the end."""
+        with self._changed:
+            while not self._orders and self._engine.is_idle:
+                self._changed.wait()
+            orders, self._orders = self._orders, []
+        for order in orders:
+            order()
+        return not self._stopping
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _add(self, request: Request, stream: EngineStream) -> None:
+        try:
+            self._engine.add(request)
+        except Exception as error:
+            self._call(_settle, stream.accepted, error)
+        else:
+            self._held.add(request.uid)
+            self._call(_settle, stream.accepted, None)
+
+    def _drop(self, uid: str) -> None:
+        self._held.discard(uid)
+        self._engine.cancel(uid)
+
+    def _give_up(self, error: Exception) -> None:
+        """Fails every request that the engine has, and frees their pages."""
+        # Which of several requests the numbers went wrong in is not known: to each, it may be a neighbour.
+        is_own_fault = isinstance(error, NonFiniteLogits) and len(self._held) == 1
+        uids = list(self._held)
+        for uid in uids:
+            self._drop(uid)
+        self._call(self._fail, uids, as_refusal(error) if is_own_fault else ReplicaLost())
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        assert self._loop, "not started"
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

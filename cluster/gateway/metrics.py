@@ -1,0 +1,56 @@
+"""Every metric of the gateway, declared once, in a registry of its own."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from cluster.gateway.backend import WorkerLoad
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_TTFT_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100)
+_ITL_BUCKETS = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5)
+
+
+class Metrics:
+    """Few, each for a question: how many, how fast, how much room is left, what is refused."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "eightfold_requests", "Requests by protocol and how they ended: ok, cancelled or an error code.",
+            ["protocol", "outcome"], registry=self._registry,
+        )  # fmt: skip
+        self.first_token = Histogram(
+            "eightfold_time_to_first_token_seconds", "From a valid request to its first token.",
+            buckets=_TTFT_BUCKETS, registry=self._registry,
+        )  # fmt: skip
+        self.between_tokens = Histogram(
+            "eightfold_time_between_tokens_seconds", "From one token of an answer to the next.",
+            buckets=_ITL_BUCKETS, registry=self._registry,
+        )  # fmt: skip
+        self.prompt_tokens = Counter(
+            "eightfold_prompt_tokens", "Tokens of prompts, by whether they were found in pages or computed.",
+            ["cache"], registry=self._registry,
+        )  # fmt: skip
+        self.answer_tokens = Counter("eightfold_answer_tokens", "Tokens of answers.", registry=self._registry)
+        self.unknown_fields = Counter(
+            "eightfold_unknown_fields", "Fields of requests that nobody knows; they had no effect.",
+            registry=self._registry,
+        )  # fmt: skip
+        self._open = Gauge(
+            "eightfold_requests_open",
+            "Requests that wait for a token, or run.",
+            ["phase"],
+            registry=self._registry,
+        )
+        self._pages = Gauge(
+            "eightfold_pages", "Pages of 64 tokens, in all and those that can be taken.", ["state"],
+            registry=self._registry,
+        )  # fmt: skip
+
+    def page(self, load: WorkerLoad) -> bytes:
+        """All of them in the text format of Prometheus."""
+        self._open.labels("waiting").set(load.waiting)
+        self._open.labels("running").set(load.running)
+        self._pages.labels("free").set(load.free_pages)
+        self._pages.labels("all").set(load.num_pages)
+        return generate_latest(self._registry)

@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ClusterConfig, ConfigError
+
+
+def load(tmp_path: Path, text: str) -> ClusterConfig:
+    (tmp_path / "cluster.yaml").write_text(text)
+    return ClusterConfig.load(tmp_path / "cluster.yaml")
+
+
+def test_an_empty_file_is_the_demo_on_loopback(tmp_path: Path) -> None:
+    config = load(tmp_path, "# nothing\n")
+    assert config == ClusterConfig()
+    assert config.model.served_name == "demo"
+    assert (config.gateway.host, config.gateway.http_port, config.gateway.grpc_port) == (
+        "127.0.0.1",
+        8000,
+        50051,
+    )
+
+
+def test_paths_start_from_the_file(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "model: {directory: weights, dtype: bfloat16, pages: fp8}\n"
+        "engine: {chunk: 256, drafts: 2}\n"
+        "gateway: {tls: {certificate: /etc/c.pem, key: k.pem}, api_key_hashes: [" + "a" * 64 + "]}\n",
+    )
+    assert config.model.directory == tmp_path / "weights"
+    assert config.model.options().pages == "fp8"
+    assert config.engine.config().num_drafts == 2
+    assert config.gateway.tls
+    assert config.gateway.tls.certificate == Path("/etc/c.pem")
+    assert config.gateway.tls.key == tmp_path / "k.pem"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("gateway: {http_prot: 1}", "gateway.http_prot: there is no such key"),
+        (
+            "gateway: {http_port: 70000}",
+            "gateway.http_port: is 70000; it should be less than or equal to 65535",
+        ),
+        ("gateway: {http_port: '80'}", "gateway.http_port: is '80'; it should be a valid integer"),
+        ("gateway: {http_port: 50051}", "http_port and grpc_port are both 50051"),
+        ("gateway: {api_key_hashes: [secret]}", "gateway.api_key_hashes.0: must hold SHA-256 digests"),
+        ("gateway: {tls: {key: k}}", "gateway.tls.certificate: is missing"),
+        ("gateway: {limits: {total_seconds: .nan}}", "gateway.limits.total_seconds"),
+        ("model: {dtype: float16}", "model.dtype: is 'float16'"),
+        ("engine: {chunk: 0}", "engine.chunk: is 0"),
+        ("engine: {drafts: 9}", "engine.drafts: is 9"),
+        ("engine: {chunk: 1, chunk: 2}", "'chunk' stands twice in line 1"),
+        ("a: &x [1]\nb: *x", "aliases are not used here in line 2"),
+        ("a: !!python/object/apply:os.system [ls]", "is not YAML that can be used"),
+        ("[1]", "must hold keys and values"),
+        ("a: [", "is not YAML that can be used"),
+        ("a: \x00", "is not YAML that can be used"),
+        ("[" * 5000, "is not YAML that can be used"),
+        ("? [1]\n: 2", "is not YAML that can be used"),
+        ("#" * 300_000, "is larger than"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert says in str(caught.value)
+    assert str(caught.value).startswith("cluster.yaml")
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        ClusterConfig.load(tmp_path / "nowhere.yaml")
