@@ -79,11 +79,12 @@ BARE: dict[str, type[Semaphores | Events | Stream]] = {
 
 
 @contextmanager
-def bare(kind: type[Semaphores | Events | Stream]) -> Iterator[Hop]:
-    """A forked process answers: it shares the mapping and the descriptors."""
+def bare(kind: type[Semaphores | Events | Stream], core: int) -> Iterator[Hop]:
+    """A forked process answers on that core: it shares the mapping and the descriptors."""
     primitive, data = kind(), memoryview(bytearray(SIZE))
     child = os.fork()
     if child == 0:
+        os.sched_setaffinity(0, {core})
         while True:
             primitive.receive(0, data)
             primitive.send(1, data)

@@ -1,6 +1,6 @@
 """Hops between processes of this machine, and one layer's dispatch to expert workers.
 
-    python benchmarks/hops.py [--rounds 20] [--hops 200] [--layers 20]
+    python -m benchmarks.hops [--rounds 20] [--hops 200] [--layers 20]
 
 A hop is half a round trip to a process that sends back what it gets. The bare primitives (`bare_hops.py`)
 move the same 64 KiB and do nothing else. Rounds alternate between all paths, so that whatever else the
@@ -10,15 +10,14 @@ beside the other results.
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import date
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,80 +25,40 @@ from typing import Any
 import torch
 
 from benchmarks.bare_hops import BARE, SIZE, Hop, bare
-from cluster.cli import DEMO
-from kernels.gate_topk import gate_topk
-from model.checkpoint import Checkpoint
-from model.moe import DispatchPlan, LocalExperts
-from workers.dispatch import RemoteExperts
-from workers.experts import ExpertWorker, GroupedExperts
-from workers.placement import ExpertPlacement
-from workers.transport.config import EndpointConfig
-from workers.transport.endpoint import PeerEndpoint
-from workers.transport.local import LocalSwitch
+from benchmarks.expert_layer import LAYERS
+from benchmarks.processes import new_endpoint, process, soon
 from workers.transport.message import Message
 from workers.transport.protocol import Deadline, DeadlineExceeded, Endpoint, Received
 
 RESULTS = Path(__file__).parent / "results"
 TOKEN = b"nothing secret in a benchmark..."
-LAYER = 3
-NUM_WORKERS = 8
-Forward = Callable[[int, torch.Tensor, DispatchPlan], torch.Tensor]
 
 
-def soon() -> Deadline:
-    return Deadline.after(60)
-
-
-# The transport.
-
-
-def new_endpoint(name: str, **offers: Any) -> PeerEndpoint:
-    return PeerEndpoint(EndpointConfig(name, TOKEN, **{"same_host": False, **offers}))
-
-
-def echo(endpoint: Endpoint) -> None:
+def echo(endpoint: Endpoint, pipe: Connection) -> None:
+    """Send everything back until the pipe ends."""
     while True:
-        with suppress(DeadlineExceeded):
-            event = endpoint.receive(soon())
+        try:
+            event = endpoint.receive(Deadline.after(0.5))
+        except DeadlineExceeded:
+            if pipe.poll():
+                return
+        else:
             if isinstance(event, Received):
                 endpoint.send(event.peer.name, event.message, soon())
 
 
-def echo_process(pipe: Connection, offers: dict[str, Any]) -> None:
+def echo_process(pipe: Connection, core: int, offers: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    os.sched_setaffinity(0, {core})
     endpoint = new_endpoint("echo", **offers)
     pipe.send(endpoint.address)
-    echo(endpoint)
-
-
-def worker_process(pipe: Connection, index: int) -> None:
-    torch.set_num_threads(1)
-    checkpoint = Checkpoint.open(DEMO)
-    groups = groups_of(index)
-    endpoint = new_endpoint(f"worker {index}", same_host=True)
-    experts = GroupedExperts.load(checkpoint, groups, torch.float32, "reference")
-    pipe.send(endpoint.address)
-    worker = ExpertWorker(f"worker {index}", checkpoint.config, experts, pipe.recv(), torch.float32)
-    pipe.send("ready")
-    worker.serve(endpoint, threading.Event())
+    echo(endpoint, pipe)
+    endpoint.close()
 
 
 @contextmanager
-def process(target: Callable[..., None], *args: Any) -> Iterator[Connection]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=target, args=(theirs, *args), daemon=True)
-    child.start()
-    try:
-        yield ours
-    finally:
-        child.kill()
-        child.join()
-
-
-@contextmanager
-def transport(offers: dict[str, Any]) -> Iterator[Hop]:
-    with process(echo_process, offers) as pipe:
+def transport(offers: dict[str, Any], core: int) -> Iterator[Hop]:
+    with process(echo_process, core, offers) as pipe:
         endpoint = new_endpoint("asker", same_host=True)
         endpoint.connect(pipe.recv(), soon())
         message = Message(1, (torch.zeros(SIZE, dtype=torch.uint8),))
@@ -112,132 +71,16 @@ def transport(offers: dict[str, Any]) -> Iterator[Hop]:
         endpoint.close()
 
 
-# One layer.
-
-
-def groups_of(worker: int) -> range:
-    size = Checkpoint.open(DEMO).config.n_group // NUM_WORKERS
-    return range(worker * size, (worker + 1) * size)
-
-
-def one_token() -> tuple[torch.Tensor, DispatchPlan]:
-    """A token whose experts lie in `topk_group` groups, as the demo's router chooses them."""
-    config = Checkpoint.open(DEMO).config
-    generator = torch.Generator().manual_seed(0)
-    experts, weights = gate_topk(
-        torch.randn(1, config.n_routed_experts, generator=generator),
-        torch.zeros(config.n_routed_experts),
-        num_groups=config.n_group,
-        topk_group=config.topk_group,
-        k=config.num_experts_per_tok,
-        normalize=True,
-        scale=2.5,
-        backend="reference",
-    )
-    return torch.randn(1, config.hidden_size, generator=generator), DispatchPlan(experts, weights)
-
-
-class Placed:
-    """A control plane whose placement does not change."""
-
-    def __init__(self, placement: ExpertPlacement) -> None:
-        self._placement = placement
-
-    def current(self) -> ExpertPlacement:
-        return self._placement
-
-
-def placement_of(addresses: list[Any]) -> ExpertPlacement:
-    config = Checkpoint.open(DEMO).config
-    return ExpertPlacement.even(1, config.n_routed_experts, config.n_group, addresses)
-
-
-def timed(forward: Forward) -> Hop:
-    """The layer of one token, again and again."""
-    x, plan = one_token()
-
-    @torch.inference_mode()
-    def run() -> None:
-        forward(LAYER, x, plan)
-
-    return run
-
-
-def dispatcher(endpoint: PeerEndpoint, placement: ExpertPlacement) -> Hop:
-    x, plan = one_token()
-    experts = RemoteExperts(endpoint, Placed(placement), topk_group=4, layer_seconds=60)
-    expected = whole_layer("grouped")(LAYER, x, plan)
-    assert torch.equal(experts.forward(LAYER, x, plan), expected), "the split changed the result"
-    return timed(experts.forward)
-
-
-@contextmanager
-def in_processes() -> Iterator[Hop]:
-    with ExitStack() as stack:
-        pipes = [stack.enter_context(process(worker_process, index)) for index in range(NUM_WORKERS)]
-        placement = placement_of([pipe.recv() for pipe in pipes])
-        for pipe in pipes:
-            pipe.send(placement)
-        assert [pipe.recv() for pipe in pipes] == ["ready"] * NUM_WORKERS
-        endpoint = new_endpoint("model", same_host=True)
-        yield dispatcher(endpoint, placement)
-        endpoint.close()
-
-
-@contextmanager
-def in_threads() -> Iterator[Hop]:
-    checkpoint, switch, stop = Checkpoint.open(DEMO), LocalSwitch(), threading.Event()
-    endpoints = [new_endpoint(f"worker {index}", switch=switch) for index in range(NUM_WORKERS)]
-    placement = placement_of([endpoint.address for endpoint in endpoints])
-    threads = []
-    for index, endpoint in enumerate(endpoints):
-        experts = GroupedExperts.load(checkpoint, groups_of(index), torch.float32, "reference")
-        worker = ExpertWorker(f"worker {index}", checkpoint.config, experts, placement, torch.float32)
-        threads.append(threading.Thread(target=worker.serve, args=(endpoint, stop)))
-        threads[-1].start()
-    asker = new_endpoint("model", switch=switch)
-    try:
-        yield dispatcher(asker, placement)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        for endpoint in (asker, *endpoints):
-            endpoint.close()
-
-
-def whole_layer(kind: str) -> Forward:
-    """All experts of the demo in this process."""
-    checkpoint = Checkpoint.open(DEMO)
-    if kind == "grouped":
-        return GroupedExperts.load(checkpoint, range(8), torch.float32, "reference").forward
-    weights = checkpoint.load(lambda spec: spec.expert >= 0, dtype=torch.float32)
-    return LocalExperts(checkpoint.config, weights, range(32), "reference").forward
-
-
-@contextmanager
-def colocated(kind: str) -> Iterator[Hop]:
-    yield timed(whole_layer(kind))
-
-
-LAYERS: dict[str, Callable[[], Any]] = {
-    "layer in one call": lambda: colocated("plain"),
-    "layer in groups, here": lambda: colocated("grouped"),
-    "layer on 8 processes": in_processes,
-    "layer on 8 threads": in_threads,
+HOPS: dict[str, Callable[[int], Any]] = {
+    **{name: partial(bare, kind) for name, kind in BARE.items()},
+    "shared memory": partial(transport, {"same_host": True}),
+    "TCP": partial(transport, {"tcp_host": "127.0.0.1"}),
 }
-HOPS: dict[str, Callable[[], Any]] = {
-    **{name: (lambda kind=kind: bare(kind)) for name, kind in BARE.items()},
-    "shared memory": lambda: transport({"same_host": True}),
-    "TCP": lambda: transport({"tcp_host": "127.0.0.1"}),
-}
+CORES = {"one core": 0, "two cores": 1}  # where the answering process runs; the asking one is on core 0
 COMPARED = (
-    ("shared memory", "bare memory + eventfd"),
-    ("shared memory", "bare memory + semaphore"),
-    ("TCP", "bare TCP"),
-    ("layer on 8 processes", "layer in one call"),
-    ("layer on 8 processes", "layer in groups, here"),
-    ("layer on 8 threads", "layer in one call"),
+    *((f"shared memory, {cores}", f"bare memory + eventfd, {cores}") for cores in CORES),
+    *((f"TCP, {cores}", f"bare TCP, {cores}") for cores in CORES),
+    *((f"layer on 8 {what}", "layer in one call") for what in ("processes", "threads")),
 )
 
 
@@ -274,13 +117,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    hops = alternate(HOPS, options.rounds, options.hops)
-    rows = {name: summary([one / 2 for one in times]) for name, times in hops.items()}
+    rows = {}
+    for cores, core in CORES.items():
+        os.sched_setaffinity(0, {0})  # left to itself, the scheduler chooses differently from run to run
+        hops = {name: partial(path, core) for name, path in HOPS.items()}
+        for name, times in alternate(hops, options.rounds, options.hops).items():
+            rows[f"{name}, {cores}"] = summary([one / 2 for one in times])
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
     layers = alternate(LAYERS, options.rounds, options.layers)
     rows.update((name, summary(times)) for name, times in layers.items())
-    print(f"{'':<26}{'p50 us':>9}{'p99 us':>9}{'least us':>10}")
+    print(f"{'':<36}{'p50 us':>9}{'p99 us':>9}{'least us':>10}")
     for name, row in rows.items():
-        print(f"{name:<26}{row['p50_us']:>9}{row['p99_us']:>9}{row['least_us']:>10}")
+        print(f"{name:<36}{row['p50_us']:>9}{row['p99_us']:>9}{row['least_us']:>10}")
     ratios = {
         f"{ours} / {theirs}": round(rows[ours]["p50_us"] / rows[theirs]["p50_us"], 2)
         for ours, theirs in COMPARED

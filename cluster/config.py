@@ -5,7 +5,7 @@ from the checkpoint. Values have the names of the constructors' arguments that t
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -85,6 +85,18 @@ class EngineSection(_Section):
         return EngineConfig(self.chunk, self.drafts)
 
 
+class ExpertsSection(_Section):
+    """Who computes the routed experts: this process, or a pool of actors on a Ray of this machine.
+
+    In a pool, `nodes` actors each hold a run of whole expert groups of every layer, like the nodes of a
+    cluster; `layer_seconds` is what a layer may take from dispatch to combine.
+    """
+
+    placement: Literal["local", "pool"] = "local"
+    nodes: Count = 8
+    layer_seconds: Seconds = 5.0
+
+
 class TlsSection(_Section):
     """PEM files of the server's own certificate chain and key."""
 
@@ -143,6 +155,7 @@ class ClusterConfig(_Section):
 
     model: ModelSection = ModelSection()
     engine: EngineSection = EngineSection()
+    experts: ExpertsSection = ExpertsSection()
     gateway: GatewaySection = GatewaySection()
 
     @classmethod

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from kernels.backend import Backend
 from model.attention import AttentionMode
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, all_but_routed_experts, everything
 from model.decoder import DTYPES, Decoder, DTypeName
-from model.moe import LocalExperts
+from model.moe import Experts, LocalExperts
 from model.pages import PageCache, PageFormat
 from workers.engine import Engine, EngineConfig
 from workers.page_pool import pages_for
@@ -24,10 +24,20 @@ class ModelOptions:
 
 
 class LocalModel:
-    """A checkpoint's model with all its experts in this process."""
+    """A checkpoint's model in this process, its routed experts too unless somebody else computes them."""
 
-    def __init__(self, directory: Path, options: ModelOptions, *, progress: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        options: ModelOptions,
+        *,
+        experts: Experts | None = None,
+        progress: bool = False,
+    ) -> None:
         """Open, check and load.
+
+        Args:
+            experts: who computes the routed experts; then none of theirs are read here.
 
         Raises:
             CheckpointError: before anything could run on a bad checkpoint.
@@ -35,8 +45,14 @@ class LocalModel:
         self.options = options
         self.checkpoint = Checkpoint.open(directory)
         self.config = self.checkpoint.config
-        weights = self.checkpoint.load(dtype=DTYPES[options.dtype], progress=progress)
-        experts = LocalExperts(self.config, weights, range(self.config.n_routed_experts), options.kernels)
+        weights = self.checkpoint.load(
+            all_but_routed_experts if experts else everything,
+            dtype=DTYPES[options.dtype],
+            progress=progress,
+        )
+        experts = experts or LocalExperts(
+            self.config, weights, range(self.config.n_routed_experts), options.kernels
+        )
         self.decoder = Decoder(self.config, weights, experts, mode=options.attention, backend=options.kernels)
         assert not weights, f"loaded and not used: {sorted(weights)[:3]}"
 

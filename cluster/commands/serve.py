@@ -7,15 +7,21 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 
 from cluster.config import ClusterConfig, ConfigError
 from cluster.gateway.backend import ModelFacts
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.gateway.server import GatewayServer
+from model.config import ModelConfig
 from model.inputs import PAGE_SIZE
+from model.moe import Experts
 from model.text import load_text
+from workers.dispatch import RemoteExperts
 from workers.local import LocalModel
+from workers.transport.config import EndpointConfig
+from workers.transport.endpoint import PeerEndpoint
 
 EXIT_INTERRUPTED = 130
 _DEFAULT_CONTEXTS = 8  # so many of the longest sequences have room where the description does not say
@@ -27,19 +33,49 @@ def run(options: Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Says of every cut stream that its response is incomplete, which is the purpose.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    return asyncio.run(_serve(config))
+    with ExitStack() as stack:
+        return asyncio.run(_serve(config, start_experts(config, stack)))
 
 
-def load_backend(config: ClusterConfig) -> EngineBackend:
+def start_experts(config: ClusterConfig, stack: ExitStack) -> Experts | None:
+    """The expert pool of a description, started; the stack ends it. None for experts in this process.
+
+    Raises:
+        ConfigError, CheckpointError: there is no such model, or it has fewer groups than nodes are asked for.
+    """
+    directory = config.model.directory
+    if not directory.is_dir():
+        raise ConfigError("", "model.directory", f"is {str(directory)!r}; there is no such directory")
+    if config.experts.placement == "local":
+        return None
+    from cluster.expert_pool import ExpertPool  # loads Ray, which only a pool needs
+    from cluster.ray_runtime import local_ray
+
+    model = ModelConfig.load(directory)
+    if config.experts.nodes > model.n_group:
+        raise ConfigError(
+            "", "experts.nodes", f"is {config.experts.nodes}; this model has {model.n_group} expert groups"
+        )
+    _say("starting Ray")
+    stack.enter_context(local_ray(num_cpus=os.cpu_count() or 1))
+    _say(f"starting {config.experts.nodes} expert actors")
+    pool = ExpertPool(directory, config.experts.nodes, dtype=config.model.dtype, kernels=config.model.kernels)
+    stack.callback(pool.close)
+    endpoint = PeerEndpoint(EndpointConfig("attention-0", pool.token))
+    stack.callback(endpoint.close)
+    return RemoteExperts(
+        endpoint, pool, topk_group=model.topk_group, layer_seconds=config.experts.layer_seconds
+    )
+
+
+def load_backend(config: ClusterConfig, experts: Experts | None) -> EngineBackend:
     """The model of a description, loaded and not started yet.
 
     Raises:
         ConfigError, CheckpointError: it cannot be served.
     """
     directory = config.model.directory
-    if not directory.is_dir():
-        raise ConfigError("", "model.directory", f"is {str(directory)!r}; there is no such directory")
-    model = LocalModel(directory, config.model.options(), progress=True)
+    model = LocalModel(directory, config.model.options(), experts=experts, progress=True)
     tokenizer, encoding = load_text(directory, model.config)
     longest = model.config.max_position_embeddings
     num_tokens = config.engine.tokens or _DEFAULT_CONTEXTS * longest
@@ -54,10 +90,10 @@ def load_backend(config: ClusterConfig) -> EngineBackend:
     )
 
 
-async def _serve(config: ClusterConfig) -> int:
+async def _serve(config: ClusterConfig, experts: Experts | None) -> int:
     started = time.perf_counter()
     _say(f"loading {config.model.directory.name} as {config.model.dtype}")
-    backend = load_backend(config)
+    backend = load_backend(config, experts)
     _say(f"loaded in {time.perf_counter() - started:.1f} s; opening ports")
     backend.start()
     try:

@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterable
 from cluster.gateway.backend import ModelFacts, WorkerLoad
 from cluster.gateway.errors import Kind, Overloaded, Refusal, ReplicaLost, as_refusal
 from model.sampling import NonFiniteLogits
+from workers.dispatch import DispatchError
 from workers.engine import Engine
 from workers.sequence import Request, Token
+from workers.transport.message import TransportError
 
 _log = logging.getLogger(__name__)
 
 # An engine that fails so many steps in a row is broken for good; one failure may be that of one request.
 _MAX_FAILURES = 3
+
+# Logits that are no numbers are the fault of a request; experts that went away come back.
+_NOT_THE_ENGINES_FAULT = (NonFiniteLogits, DispatchError, TransportError)
 
 _Order = Callable[[], None]
 
@@ -159,8 +164,7 @@ class EngineBackend:
                 tokens = self._engine.step()
             except Exception as error:
                 _log.exception("a step of the engine failed")
-                # Logits that are no numbers are the fault of a request, which must not take the engine down.
-                failures += not isinstance(error, NonFiniteLogits)
+                failures += not isinstance(error, _NOT_THE_ENGINES_FAULT)
                 self._give_up(error)
                 if failures >= _MAX_FAILURES:
                     self._broken = True

@@ -45,7 +45,7 @@ class Command:
 
 
 @contextmanager
-def running(tmp_path: Path, text: str = "") -> Iterator[Command]:
+def running(tmp_path: Path, text: str = "", seconds: float = 60) -> Iterator[Command]:
     """The command with a description of its own; killed where it does not end by itself."""
     config = tmp_path / "cluster.yaml"
     config.write_text(text or "gateway: {http_port: 0, grpc_port: 0}\n")
@@ -54,7 +54,7 @@ def running(tmp_path: Path, text: str = "") -> Iterator[Command]:
         arguments, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as process:  # fmt: skip
-        timer = threading.Timer(60, process.kill)
+        timer = threading.Timer(seconds, process.kill)
         timer.start()
         try:
             yield Command(process)
@@ -122,3 +122,24 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
         assert time.perf_counter() - started < 1
         with pytest.raises(httpx2.RemoteProtocolError):
             list(lines)
+
+
+@pytest.mark.ray
+def test_a_pool_of_experts_serves_the_same_answer_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    text = "gateway: {http_port: 0, grpc_port: 0}\nexperts: {placement: pool, nodes: 8}\n"
+    with running(tmp_path, text, seconds=180) as command:
+        body = {
+            "model": "demo",
+            "messages": [{"role": "user", "content": 'What does "harbor" mean?'}],
+            "temperature": 0,
+        }
+        with httpx2.Client(trust_env=False, timeout=60) as client:
+            answer = client.post(f"{command.url}/v1/chat/completions", json=body).json()
+        assert answer["choices"][0]["message"]["content"] == "Noun: a person who is harbor of a woman."
+        children = subprocess.run(
+            ["pgrep", "-P", str(command.process.pid)], capture_output=True, text=True, check=False
+        ).stdout.split()
+        assert children, "Ray's processes are children of the command"
+        command.process.send_signal(signal.SIGINT)
+        assert command.process.wait(60) == 0
+        assert not any(Path(f"/proc/{child}").exists() for child in children)

@@ -1,0 +1,160 @@
+"""The routed experts of one layer for one token: here, and on expert workers."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from benchmarks.bare_hops import Hop
+from benchmarks.processes import new_endpoint, process
+from cluster.cli import DEMO
+from kernels.gate_topk import gate_topk
+from model.checkpoint import Checkpoint
+from model.moe import DispatchPlan, LocalExperts
+from workers.dispatch import RemoteExperts
+from workers.experts import ExpertWorker, GroupedExperts
+from workers.placement import ExpertPlacement
+from workers.transport.endpoint import PeerEndpoint
+from workers.transport.local import LocalSwitch
+
+LAYER = 3
+NUM_WORKERS = 8
+Forward = Callable[[int, torch.Tensor, DispatchPlan], torch.Tensor]
+
+
+def groups_of(worker: int) -> range:
+    size = Checkpoint.open(DEMO).config.n_group // NUM_WORKERS
+    return range(worker * size, (worker + 1) * size)
+
+
+def one_token() -> tuple[torch.Tensor, DispatchPlan]:
+    """A token whose experts lie in `topk_group` groups, as the demo's router chooses them."""
+    config = Checkpoint.open(DEMO).config
+    generator = torch.Generator().manual_seed(0)
+    experts, weights = gate_topk(
+        torch.randn(1, config.n_routed_experts, generator=generator),
+        torch.zeros(config.n_routed_experts),
+        num_groups=config.n_group,
+        topk_group=config.topk_group,
+        k=config.num_experts_per_tok,
+        normalize=True,
+        scale=2.5,
+        backend="reference",
+    )
+    return torch.randn(1, config.hidden_size, generator=generator), DispatchPlan(experts, weights)
+
+
+class Placed:
+    """A control plane whose placement does not change."""
+
+    def __init__(self, placement: ExpertPlacement) -> None:
+        self._placement = placement
+
+    def current(self) -> ExpertPlacement:
+        return self._placement
+
+
+def placement_of(addresses: list[Any]) -> ExpertPlacement:
+    config = Checkpoint.open(DEMO).config
+    return ExpertPlacement.even(1, config.n_routed_experts, config.n_group, addresses)
+
+
+def timed(forward: Forward) -> Hop:
+    """The layer of one token, again and again."""
+    x, plan = one_token()
+
+    @torch.inference_mode()
+    def run() -> None:
+        forward(LAYER, x, plan)
+
+    return run
+
+
+def dispatcher(endpoint: PeerEndpoint, placement: ExpertPlacement) -> Hop:
+    x, plan = one_token()
+    experts = RemoteExperts(endpoint, Placed(placement), topk_group=4, layer_seconds=60)
+    expected = whole_layer("grouped")(LAYER, x, plan)
+    assert torch.equal(experts.forward(LAYER, x, plan), expected), "the split changed the result"
+    return timed(experts.forward)
+
+
+def worker_process(pipe: Connection, index: int) -> None:
+    torch.set_num_threads(1)
+    checkpoint = Checkpoint.open(DEMO)
+    groups = groups_of(index)
+    endpoint = new_endpoint(f"worker {index}", same_host=True)
+    experts = GroupedExperts.load(checkpoint, groups, torch.float32, "reference")
+    pipe.send(endpoint.address)
+    worker = ExpertWorker(f"worker {index}", checkpoint.config, experts, pipe.recv(), torch.float32)
+    pipe.send("ready")
+    stop = threading.Event()
+    threading.Thread(target=stop_with, args=(pipe, stop), daemon=True).start()
+    worker.serve(endpoint, stop)
+    endpoint.close()
+
+
+def stop_with(pipe: Connection, stop: threading.Event) -> None:
+    with suppress(EOFError, ConnectionResetError):
+        pipe.recv()
+    stop.set()
+
+
+@contextmanager
+def in_processes() -> Iterator[Hop]:
+    with ExitStack() as stack:
+        pipes = [stack.enter_context(process(worker_process, index)) for index in range(NUM_WORKERS)]
+        placement = placement_of([pipe.recv() for pipe in pipes])
+        for pipe in pipes:
+            pipe.send(placement)
+        assert [pipe.recv() for pipe in pipes] == ["ready"] * NUM_WORKERS
+        endpoint = new_endpoint("model", same_host=True)
+        yield dispatcher(endpoint, placement)
+        endpoint.close()
+
+
+@contextmanager
+def in_threads() -> Iterator[Hop]:
+    checkpoint, switch, stop = Checkpoint.open(DEMO), LocalSwitch(), threading.Event()
+    endpoints = [new_endpoint(f"worker {index}", switch=switch) for index in range(NUM_WORKERS)]
+    placement = placement_of([endpoint.address for endpoint in endpoints])
+    threads = []
+    for index, endpoint in enumerate(endpoints):
+        experts = GroupedExperts.load(checkpoint, groups_of(index), torch.float32, "reference")
+        worker = ExpertWorker(f"worker {index}", checkpoint.config, experts, placement, torch.float32)
+        threads.append(threading.Thread(target=worker.serve, args=(endpoint, stop)))
+        threads[-1].start()
+    asker = new_endpoint("model", switch=switch)
+    try:
+        yield dispatcher(asker, placement)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        for endpoint in (asker, *endpoints):
+            endpoint.close()
+
+
+def whole_layer(kind: str) -> Forward:
+    """All experts of the demo in this process."""
+    checkpoint = Checkpoint.open(DEMO)
+    if kind == "grouped":
+        return GroupedExperts.load(checkpoint, range(8), torch.float32, "reference").forward
+    weights = checkpoint.load(lambda spec: spec.expert >= 0, dtype=torch.float32)
+    return LocalExperts(checkpoint.config, weights, range(32), "reference").forward
+
+
+@contextmanager
+def colocated(kind: str) -> Iterator[Hop]:
+    yield timed(whole_layer(kind))
+
+
+LAYERS: dict[str, Callable[[], Any]] = {
+    "layer in one call": partial(colocated, "plain"),
+    "layer in groups, here": partial(colocated, "grouped"),
+    "layer on 8 processes": in_processes,
+    "layer on 8 threads": in_threads,
+}

@@ -1,0 +1,126 @@
+"""The expert pool on Ray: an actor a node, who holds what, and a successor for each that dies.
+
+A change of placement is a new epoch. An actor that dies is noticed by a Ray call that is pending on it as
+long as it lives; a new one takes its name and groups, everybody adopts the next epoch, and dispatchers, who
+ask for the current placement at every layer, go on. Experts are stateless: nothing is lost but a layer.
+"""
+
+import logging
+import secrets
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from kernels.backend import Backend
+from model.checkpoint import Checkpoint
+from model.decoder import DTypeName
+from workers.actors import ExpertActor, ExpertActorConfig, ExpertActorStats
+from workers.placement import ExpertPlacement
+from workers.transport.protocol import Address
+
+_log = logging.getLogger(__name__)
+
+START_SECONDS = 120.0  # for a process that imports torch and reads its experts, on a busy machine
+CALL_SECONDS = 10.0
+_WATCH_SECONDS = 0.2
+
+
+class ExpertPool:
+    """Starts the expert actors of a model and keeps them alive. Ray must be running.
+
+    It is the `PlacementSource` of `RemoteExperts`. One thread of its own watches the actors.
+    """
+
+    def __init__(
+        self, directory: Path, num_nodes: int, *, dtype: DTypeName = "float32", kernels: Backend = "reference"
+    ) -> None:
+        """Start the actors and wait until each has loaded its experts.
+
+        Args:
+            num_nodes: expert actors, each with a run of whole groups; at most `n_group`.
+
+        Raises:
+            PlacementError: more nodes than groups.
+            ray.exceptions.GetTimeoutError: an actor did not come up in time.
+        """
+        self.token = secrets.token_bytes(32)
+        self._model = Checkpoint.open(directory).config
+        shares = _runs(self._model.n_group, num_nodes)
+        self._configs = [
+            ExpertActorConfig(f"experts-{node}", directory.resolve(), groups, dtype, kernels, self.token)
+            for node, groups in enumerate(shares)
+        ]
+        self._actors = [_start(config) for config in self._configs]
+        self._witnesses = [actor.wait_until_stopped.remote() for actor in self._actors]
+        try:
+            self._place(ray.get([actor.address.remote() for actor in self._actors], timeout=START_SECONDS), 1)
+        except BaseException:
+            self._kill_all()
+            raise
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="expert-pool", daemon=True)
+        self._watcher.start()
+
+    def current(self) -> ExpertPlacement:
+        """The newest placement."""
+        return self._placement
+
+    def stats(self) -> list[ExpertActorStats]:
+        """What each actor did since its start."""
+        found: list[ExpertActorStats] = ray.get(
+            [actor.stats.remote() for actor in self._actors], timeout=CALL_SECONDS
+        )
+        return found
+
+    def close(self) -> None:
+        """End the watching and the actors."""
+        self._stopping.set()
+        self._watcher.join()
+        self._kill_all()
+
+    def _place(self, addresses: Sequence[Address], epoch: int) -> None:
+        """Make a new epoch known: first to those who answer, then to those who ask."""
+        model = self._model
+        placement = ExpertPlacement.even(epoch, model.n_routed_experts, model.n_group, addresses)
+        ray.get([actor.adopt.remote(placement) for actor in self._actors], timeout=CALL_SECONDS)
+        self._placement = placement
+
+    def _watch(self) -> None:
+        while not self._stopping.is_set():
+            dead, _ = ray.wait(self._witnesses, num_returns=1, timeout=_WATCH_SECONDS)
+            if dead and not self._stopping.is_set():
+                try:
+                    self._replace(self._witnesses.index(dead[0]))
+                except Exception:  # e.g. another one died meanwhile: look again
+                    _log.exception("an expert actor could not be replaced yet")
+                    self._stopping.wait(_WATCH_SECONDS)
+
+    def _replace(self, node: int) -> None:
+        _log.warning("expert actor %s is gone; starting another", self._configs[node].name)
+        ray.kill(self._actors[node])
+        actor = _start(self._configs[node])
+        address: Address = ray.get(actor.address.remote(), timeout=START_SECONDS)
+        self._actors[node], self._witnesses[node] = actor, actor.wait_until_stopped.remote()
+        addresses = [share.address for share in self._placement.shares]
+        addresses[node] = address
+        self._place(addresses, self._placement.epoch + 1)
+        _log.warning("expert actor %s is back, epoch %d", self._configs[node].name, self._placement.epoch)
+
+    def _kill_all(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+def _runs(num_groups: int, num_nodes: int) -> list[range]:
+    """The groups of each node, as `ExpertPlacement.even` deals them out."""
+    nobody = [Address(f"experts-{node}") for node in range(num_nodes)]
+    placement = ExpertPlacement.even(0, num_groups, num_groups, nobody)
+    return [share.groups for share in placement.shares]
+
+
+def _start(config: ExpertActorConfig) -> Any:
+    """An actor; two Ray calls at a time, one of which is the witness. Rows use none of Ray's CPUs."""
+    return ray.remote(ExpertActor).options(num_cpus=0, max_concurrency=4).remote(config)

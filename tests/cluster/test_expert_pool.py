@@ -1,0 +1,98 @@
+"""The expert pool on a Ray of the test's own: the oracle's tokens through eight actors, and one that dies."""
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from cluster.expert_pool import ExpertPool
+from cluster.ray_runtime import local_ray
+from model.sampling_params import SamplingParams
+from model.tokenizer import Tokenizer
+from tests.checkpoints import DEMO
+from workers.dispatch import DispatchError, RemoteExperts
+from workers.engine import Engine, EngineConfig
+from workers.local import LocalModel, ModelOptions
+from workers.sequence import Request
+from workers.transport.config import EndpointConfig
+from workers.transport.endpoint import PeerEndpoint
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]  # Ray warns of much
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ExpertPool]:
+    with local_ray(num_cpus=2):
+        pool = ExpertPool(DEMO, 8)
+        yield pool
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def experts(pool: ExpertPool) -> Iterator[RemoteExperts]:
+    endpoint = PeerEndpoint(EndpointConfig("attention", pool.token))
+    yield RemoteExperts(endpoint, pool, topk_group=4, layer_seconds=5.0)
+    endpoint.close()
+
+
+@pytest.fixture(scope="module")
+def model(experts: RemoteExperts) -> LocalModel:
+    return LocalModel(DEMO, ModelOptions(), experts=experts)
+
+
+def oracle(name: str) -> tuple[tuple[int, ...], list[int]]:
+    prompts = json.loads((DEMO / "oracle.json").read_text())["prompts"]
+    found = next(prompt for prompt in prompts if prompt["name"] == name)
+    return tuple(Tokenizer.load(DEMO).encode(found["prompt"])), found["output_ids"]
+
+
+def answer(engine: Engine, prompt_ids: tuple[int, ...], uid: str) -> list[int]:
+    params = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
+    engine.add(Request(uid, prompt_ids, params))
+    tokens: list[int] = []
+    try:
+        while not engine.is_idle:
+            tokens += [token.token_id for token in engine.step()]
+    finally:
+        engine.cancel(uid)
+    return tokens
+
+
+def answer_until_it_fails(engine: Engine, prompt_ids: tuple[int, ...], deadline: float) -> None:
+    while time.monotonic() < deadline:
+        answer(engine, prompt_ids, "during")
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_eight_actors_give_the_tokens_of_one_process(
+    model: LocalModel, experts: RemoteExperts, num_drafts: int
+) -> None:
+    engine = model.engine(EngineConfig(num_drafts=num_drafts), 1024)
+    for name in ("chat", "lookup_300"):
+        prompt_ids, expected = oracle(name)
+        assert answer(engine, prompt_ids, name) == expected
+    assert 0 < experts.stats.most_nodes <= 4
+    assert experts.stats.copies <= 4 * experts.stats.tokens
+
+
+def test_a_killed_actor_is_an_error_at_once_and_the_pool_comes_back(
+    model: LocalModel, pool: ExpertPool
+) -> None:
+    prompt_ids, expected = oracle("code")
+    engine = model.engine(EngineConfig(), 256)
+    assert answer(engine, prompt_ids, "before") == expected
+    epoch = pool.current().epoch
+    ray.kill(pool._actors[3])
+    killed = time.monotonic()
+    with pytest.raises(DispatchError):
+        answer_until_it_fails(engine, prompt_ids, killed + 10)
+    assert time.monotonic() - killed < 2
+    engine.pool.check_idle()
+    deadline = time.monotonic() + 60
+    while pool.current().epoch == epoch:
+        assert time.monotonic() < deadline, "no new actor within a minute"
+        time.sleep(0.1)
+    assert answer(engine, prompt_ids, "after") == expected
+    assert len(pool.stats()) == 8

@@ -1,0 +1,174 @@
+"""An expert worker: it holds groups of routed experts of every layer and answers whoever dispatches to it.
+
+    DISPATCH  epoch, layer, sequence, budget; x [t, D], experts [t, k] int16, weights [t, k] float32
+    COMBINE   the same sequence; [S, t, D] float32, the sums of its S blocks of groups (one at full size)
+    REFUSED   the same sequence, the worker's epoch; [1] int64, a `Refusal`
+
+Shapes: t tokens of one message, T tokens, D width, k experts a token, S blocks.
+"""
+
+import enum
+import threading
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Backend
+from model.checkpoint import Checkpoint, Weights
+from model.config import ModelConfig
+from model.moe import DispatchPlan, LocalExperts
+from workers.placement import ExpertPlacement, PlacementError, add_all, add_in_tree
+from workers.transport.message import Message, TransportError
+from workers.transport.protocol import Deadline, DeadlineExceeded, Endpoint, Received
+
+_POLL_SECONDS = 0.05  # how soon a stop is seen
+_REPLY_SECONDS = 1.0  # for a sender who gave no budget
+
+
+class Kind(enum.IntEnum):
+    """Messages between dispatchers and expert workers."""
+
+    DISPATCH = 1
+    COMBINE = 2
+    REFUSED = 3
+
+
+class Refusal(enum.IntEnum):
+    """Why a worker did not compute."""
+
+    EPOCH = 1
+    SHAPE = 2
+
+
+class GroupedExperts:
+    """Groups of the routed experts of every layer, in this process; sums are made in the tree of groups.
+
+    With all groups this is the `Experts` of one process, and the bits are those of any split.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, groups: range, backend: Backend) -> None:
+        size = config.n_routed_experts // config.n_group
+        self.groups = groups
+        self._held = {
+            group: LocalExperts(config, weights, range(group * size, (group + 1) * size), backend)
+            for group in groups
+        }
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, groups: range, dtype: torch.dtype, backend: Backend
+    ) -> "GroupedExperts":
+        """Read the groups' experts, and nothing else of the checkpoint."""
+        config = checkpoint.config
+        size = config.n_routed_experts // config.n_group
+        experts = range(groups.start * size, groups.stop * size)
+        weights = checkpoint.load(lambda spec: spec.expert in experts, dtype=dtype)
+        return cls(config, weights, groups, backend)
+
+    def forward(self, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
+        """[T, D] float32: the sum over all groups held here."""
+        return add_all(((range(g, g + 1), self._of(g, layer, x, plan)) for g in self.groups), Tensor.add_)
+
+    def block_sums(self, layer: int, x: Tensor, plan: DispatchPlan, groups: range) -> Tensor:
+        """[S, T, D] float32: the sums of the blocks that these groups fall into."""
+        parts = ((range(g, g + 1), self._of(g, layer, x, plan)) for g in groups)
+        sums = [total for _, total in add_in_tree(parts, Tensor.add_)]
+        return sums[0].unsqueeze(0) if len(sums) == 1 else torch.stack(sums)
+
+    def _of(self, group: int, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
+        return self._held[group].forward(layer, x, plan)
+
+
+class ExpertWorker:
+    """Answers dispatches for the groups that the current placement gives it.
+
+    It may hold more groups than that. `adopt` may be called from another thread while `serve` runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        experts: GroupedExperts,
+        placement: ExpertPlacement,
+        dtype: torch.dtype,
+    ) -> None:
+        """`dtype` is that of the weights, and of the rows it takes."""
+        self._name, self._config, self._experts, self._dtype = name, config, experts, dtype
+        self.num_answered = self.num_refused = self.num_late = 0
+        self.adopt(placement)
+
+    def adopt(self, placement: ExpertPlacement) -> None:
+        """Serve a new epoch from the next message on.
+
+        Raises:
+            PlacementError: it asks for groups that are not held here; the old epoch stays.
+        """
+        share = placement.share_of(self._name)
+        if share is None or not set(share.groups) <= set(self._experts.groups):
+            asked = share.groups if share else None
+            raise PlacementError(f"{self._name} holds {self._experts.groups}, the placement asks for {asked}")
+        self._current = placement.epoch, share.groups  # one assignment: `serve` sees both or neither
+
+    def serve(self, endpoint: Endpoint, stop: threading.Event) -> None:
+        """Answer until told to stop. Peers may come and go."""
+        while not stop.is_set():
+            try:
+                event = endpoint.receive(Deadline.after(_POLL_SECONDS))
+            except DeadlineExceeded:
+                continue
+            if isinstance(event, Received):
+                self._answer(endpoint, event)
+
+    def _answer(self, endpoint: Endpoint, received: Received) -> None:
+        if received.deadline.is_over:
+            self.num_late += 1  # nobody waits for the answer any more
+            return
+        reply = self._compute(received.message)
+        budget = min(received.deadline.left(), _REPLY_SECONDS)
+        try:
+            endpoint.send(received.peer.name, reply, Deadline.after(budget))
+        except (TransportError, DeadlineExceeded):
+            self.num_late += 1  # it is gone, or does not read; its own deadline tells it
+
+    @torch.inference_mode()
+    def _compute(self, message: Message) -> Message:
+        epoch, groups = self._current
+        if message.epoch != epoch:
+            return self._refuse(message, Refusal.EPOCH)
+        if not self._fits(message):
+            return self._refuse(message, Refusal.SHAPE)
+        x, experts, weights = message.tensors
+        sums = self._experts.block_sums(message.layer, x, DispatchPlan(experts.long(), weights), groups)
+        self.num_answered += 1
+        return Message(
+            Kind.COMBINE, (sums,), epoch, step=message.step, sequence=message.sequence, layer=message.layer
+        )
+
+    def _fits(self, message: Message) -> bool:
+        """Whether this can be computed here; what another process sent is not believed."""
+        config = self._config
+        if message.kind != Kind.DISPATCH or len(message.tensors) != 3:
+            return False
+        if not 0 <= message.layer < config.num_cached_layers or config.is_dense(message.layer):
+            return False
+        x, experts, weights = message.tensors
+        shape = (len(x) if x.ndim else 0, config.num_experts_per_tok)
+        return (
+            x.dtype == self._dtype
+            and x.shape == (shape[0], config.hidden_size)
+            and experts.dtype == torch.int16
+            and weights.dtype == torch.float32
+            and experts.shape == weights.shape == shape
+        )
+
+    def _refuse(self, message: Message, why: Refusal) -> Message:
+        self.num_refused += 1
+        return Message(
+            Kind.REFUSED,
+            (torch.tensor([why], dtype=torch.int64),),
+            self._current[0],
+            step=message.step,
+            sequence=message.sequence,
+            layer=message.layer,
+        )
