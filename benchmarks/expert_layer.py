@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -14,9 +13,9 @@ from benchmarks.processes import new_endpoint, process
 from cluster.cli import DEMO
 from kernels.gate_topk import gate_topk
 from model.checkpoint import Checkpoint
-from model.moe import DispatchPlan, LocalExperts
+from model.moe import DispatchPlan
 from workers.dispatch import RemoteExperts
-from workers.experts import ExpertWorker, GroupedExperts
+from workers.experts import ExpertWorker, load_experts
 from workers.placement import ExpertPlacement
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.local import LocalSwitch
@@ -77,7 +76,7 @@ def timed(forward: Forward) -> Hop:
 def dispatcher(endpoint: PeerEndpoint, placement: ExpertPlacement) -> Hop:
     x, plan = one_token()
     experts = RemoteExperts(endpoint, Placed(placement), topk_group=4, layer_seconds=60)
-    expected = whole_layer("grouped")(LAYER, x, plan)
+    expected = whole_layer()(LAYER, x, plan)
     assert torch.equal(experts.forward(LAYER, x, plan), expected), "the split changed the result"
     return timed(experts.forward)
 
@@ -87,7 +86,7 @@ def worker_process(pipe: Connection, index: int) -> None:
     checkpoint = Checkpoint.open(DEMO)
     groups = groups_of(index)
     endpoint = new_endpoint(f"worker {index}", same_host=True)
-    experts = GroupedExperts.load(checkpoint, groups, torch.float32, "reference")
+    experts = load_experts(checkpoint, groups, torch.float32, "reference")
     pipe.send(endpoint.address)
     worker = ExpertWorker(f"worker {index}", checkpoint.config, experts, pipe.recv(), torch.float32)
     pipe.send("ready")
@@ -123,7 +122,7 @@ def in_threads() -> Iterator[Hop]:
     placement = placement_of([endpoint.address for endpoint in endpoints])
     threads = []
     for index, endpoint in enumerate(endpoints):
-        experts = GroupedExperts.load(checkpoint, groups_of(index), torch.float32, "reference")
+        experts = load_experts(checkpoint, groups_of(index), torch.float32, "reference")
         worker = ExpertWorker(f"worker {index}", checkpoint.config, experts, placement, torch.float32)
         threads.append(threading.Thread(target=worker.serve, args=(endpoint, stop)))
         threads[-1].start()
@@ -138,23 +137,18 @@ def in_threads() -> Iterator[Hop]:
             endpoint.close()
 
 
-def whole_layer(kind: str) -> Forward:
+def whole_layer() -> Forward:
     """All experts of the demo in this process."""
-    checkpoint = Checkpoint.open(DEMO)
-    if kind == "grouped":
-        return GroupedExperts.load(checkpoint, range(8), torch.float32, "reference").forward
-    weights = checkpoint.load(lambda spec: spec.expert >= 0, dtype=torch.float32)
-    return LocalExperts(checkpoint.config, weights, range(32), "reference").forward
+    return load_experts(Checkpoint.open(DEMO), range(8), torch.float32, "reference").forward
 
 
 @contextmanager
-def colocated(kind: str) -> Iterator[Hop]:
-    yield timed(whole_layer(kind))
+def colocated() -> Iterator[Hop]:
+    yield timed(whole_layer())
 
 
 LAYERS: dict[str, Callable[[], Any]] = {
-    "layer in one call": partial(colocated, "plain"),
-    "layer in groups, here": partial(colocated, "grouped"),
+    "layer, here": colocated,
     "layer on 8 processes": in_processes,
     "layer on 8 threads": in_threads,
 }

@@ -80,7 +80,7 @@ CORES = {"one core": 0, "two cores": 1}  # where the answering process runs; the
 COMPARED = (
     *((f"shared memory, {cores}", f"bare memory + eventfd, {cores}") for cores in CORES),
     *((f"TCP, {cores}", f"bare TCP, {cores}") for cores in CORES),
-    *((f"layer on 8 {what}", "layer in one call") for what in ("processes", "threads")),
+    *((f"layer on 8 {what}", "layer, here") for what in ("processes", "threads")),
 )
 
 

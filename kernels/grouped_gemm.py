@@ -1,8 +1,9 @@
 """Routed experts: each computes the tokens sent to it, and a token gets one weighted sum, in expert order.
 
-    out[t] = sum_e weight[t, e] * W_down[e] (silu(W_gate[e] x[t]) * (W_up[e] x[t]))     e ascending
-The order of the sum is part of the result: it must not depend on which expert answers first.
-Shapes: T tokens, D width, I inner width, e experts held here, k experts a token.
+    out[t] = sum_e weight[t, e] * W_down[e] (silu(W_gate[e] x[t]) * (W_up[e] x[t]))
+The order of the sum is part of the result: it must not depend on which expert answers first, nor on where
+the experts are. Within a group experts are added in ascending order, groups in the tree of `group_tree.py`.
+Shapes: T tokens, D width, I inner width, e experts held here, k experts a token, S blocks of the tree.
 """
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_reference
+from kernels.group_tree import add_in_tree
 from kernels.swiglu import swiglu_reference
 
 
@@ -20,6 +22,7 @@ def grouped_experts(
     gate_up: Tensor,
     down: Tensor,
     first_expert: int,
+    group_size: int,
     *,
     backend: Backend,
 ) -> Tensor:
@@ -30,21 +33,34 @@ def grouped_experts(
         experts: [T, k] int64, global numbers; those not held here are skipped.
         weights: [T, k] float32.
         gate_up: [e, 2 I, D]; down: [e, D, I]; x's dtype.
-        first_expert: global number of the first expert held here.
+        first_expert: global number of the first expert held here, the first of its group.
+        group_size: experts of a group; e is a multiple of it.
 
     Returns:
-        [T, D] float32.
+        [S, T, D] float32: the sum of each block that the groups held here fall into; S is 1 for 2^j groups
+        that begin at a multiple of 2^j.
     """
     require(gate_up.shape[0] == down.shape[0], "grouped_experts", "gate_up and down hold different experts")
+    require(
+        first_expert % group_size == gate_up.shape[0] % group_size == 0,
+        "grouped_experts",
+        f"experts {first_expert} and {gate_up.shape[0]} more are no groups of {group_size}",
+    )
     require_reference(backend, "grouped_experts")
-    return grouped_experts_reference(x, experts, weights, gate_up, down, first_expert)
+    return grouped_experts_reference(x, experts, weights, gate_up, down, first_expert, group_size)
 
 
 def grouped_experts_reference(
-    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, first_expert: int
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    first_expert: int,
+    group_size: int,
 ) -> Tensor:
     num_experts, k = gate_up.shape[0], experts.shape[1]
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    groups: list[Tensor | None] = [None] * (num_experts // group_size)  # None: no token came
     local = (experts - first_expert).flatten()
     order = local.argsort(stable=True)
     counts = torch.bincount(local.clamp(-1, num_experts) + 1, minlength=num_experts + 2).tolist()
@@ -58,5 +74,20 @@ def grouped_experts_reference(
         tokens = rows // k
         inner = swiglu_reference(F.linear(x[tokens], gate_up[expert]))
         result = F.linear(inner, down[expert]).float().mul_(flat_weights[rows].unsqueeze(1))
+        group = expert // group_size
+        if (out := groups[group]) is None:
+            out = groups[group] = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         out.index_add_(0, tokens, result)
-    return out
+    first_group = first_expert // group_size
+    leaves = [(range(group, group + 1), out) for group, out in enumerate(groups, start=first_group)]
+    sums = [
+        torch.zeros(x.shape, dtype=torch.float32, device=x.device) if total is None else total
+        for _, total in add_in_tree(leaves, _add)
+    ]
+    return sums[0].unsqueeze(0) if len(sums) == 1 else torch.stack(sums)
+
+
+def _add(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left.add_(right)

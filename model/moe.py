@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.backend import Backend
 from kernels.gate_topk import gate_topk
+from kernels.group_tree import add_all, blocks_of
 from kernels.grouped_gemm import grouped_experts
 from kernels.swiglu import swiglu
 from model.checkpoint import Weights
@@ -76,12 +77,16 @@ class Gate:
 
 
 class LocalExperts:
-    """A contiguous range of the routed experts of every MoE layer, in this process."""
+    """Whole groups of the routed experts of every MoE layer, in this process.
 
-    def __init__(self, config: ModelConfig, weights: Weights, experts: range, backend: Backend) -> None:
-        self._first, self._backend = experts.start, backend
+    Sums are made in the tree of groups (`kernels/group_tree.py`), so the bits are those of any split.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, groups: range, backend: Backend) -> None:
+        self.groups, self._group_size, self._backend = groups, config.group_size, backend
         self._gate_up: dict[int, Tensor] = {}  # layer -> [e, 2 I, D]
         self._down: dict[int, Tensor] = {}  # layer -> [e, D, I]
+        experts = experts_of(config, groups)
         for layer in range(config.num_cached_layers):
             if config.is_dense(layer):
                 continue
@@ -97,16 +102,31 @@ class LocalExperts:
             self._down[layer] = torch.stack([weights.take(f"{name}.down_proj.weight") for name in names])
 
     def forward(self, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
-        """[T, D] float32: the share of the weighted sum that the experts held here make."""
+        """[T, D] float32: the share of the weighted sum that the groups held here make."""
+        sums = self.block_sums(layer, x, plan, self.groups)
+        return add_all(zip(blocks_of(self.groups), sums.unbind(), strict=True), torch.add)
+
+    def block_sums(self, layer: int, x: Tensor, plan: DispatchPlan, groups: range) -> Tensor:
+        """[S, T, D] float32: the sums of the blocks of the tree that these groups, held here, fall into."""
+        assert groups.start >= self.groups.start, "groups that are not held here"
+        assert groups.stop <= self.groups.stop, "groups that are not held here"
+        start = (groups.start - self.groups.start) * self._group_size
+        held = slice(start, start + len(groups) * self._group_size)
         return grouped_experts(
             x,
             plan.experts,
             plan.weights,
-            self._gate_up[layer],
-            self._down[layer],
-            self._first,
+            self._gate_up[layer][held],
+            self._down[layer][held],
+            groups.start * self._group_size,
+            self._group_size,
             backend=self._backend,
         )
+
+
+def experts_of(config: ModelConfig, groups: range) -> range:
+    """The experts of a run of groups."""
+    return range(groups.start * config.group_size, groups.stop * config.group_size)
 
 
 class MoE:

@@ -28,7 +28,7 @@ def load_decoder(directory: Path, mode: AttentionMode = "sparse") -> Decoder:
 def build_decoder(checkpoint: Checkpoint, weights: Weights, mode: AttentionMode = "sparse") -> Decoder:
     """A decoder over loaded weights, which stay as they are: several may share them."""
     config, weights = checkpoint.config, Weights(weights)
-    experts = LocalExperts(config, weights, range(config.n_routed_experts), "reference")
+    experts = LocalExperts(config, weights, range(config.n_group), "reference")
     return Decoder(config, weights, experts, mode=mode)
 
 

@@ -9,7 +9,7 @@ import torch
 from kernels.backend import Backend
 from model.checkpoint import Checkpoint
 from model.decoder import DTYPES, DTypeName
-from workers.experts import ExpertWorker, GroupedExperts
+from workers.experts import ExpertWorker, load_experts
 from workers.placement import ExpertPlacement
 from workers.transport.config import EndpointConfig
 from workers.transport.endpoint import PeerEndpoint
@@ -47,7 +47,7 @@ class ExpertActor:
         torch.set_num_threads(1)
         checkpoint = Checkpoint.open(config.directory)
         self._config, self._model_config = config, checkpoint.config
-        self._experts = GroupedExperts.load(checkpoint, config.groups, DTYPES[config.dtype], config.kernels)
+        self._experts = load_experts(checkpoint, config.groups, DTYPES[config.dtype], config.kernels)
         self._endpoint = PeerEndpoint(EndpointConfig(config.name, config.token))
         self._stop = threading.Event()
         self._worker: ExpertWorker | None = None

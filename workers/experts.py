@@ -11,13 +11,12 @@ import enum
 import threading
 
 import torch
-from torch import Tensor
 
 from kernels.backend import Backend
-from model.checkpoint import Checkpoint, Weights
+from model.checkpoint import Checkpoint, routed_experts
 from model.config import ModelConfig
-from model.moe import DispatchPlan, LocalExperts
-from workers.placement import ExpertPlacement, PlacementError, add_all, add_in_tree
+from model.moe import DispatchPlan, LocalExperts, experts_of
+from workers.placement import ExpertPlacement, PlacementError
 from workers.transport.message import Message, TransportError
 from workers.transport.protocol import Deadline, DeadlineExceeded, Endpoint, Received
 
@@ -40,43 +39,10 @@ class Refusal(enum.IntEnum):
     SHAPE = 2
 
 
-class GroupedExperts:
-    """Groups of the routed experts of every layer, in this process; sums are made in the tree of groups.
-
-    With all groups this is the `Experts` of one process, and the bits are those of any split.
-    """
-
-    def __init__(self, config: ModelConfig, weights: Weights, groups: range, backend: Backend) -> None:
-        size = config.n_routed_experts // config.n_group
-        self.groups = groups
-        self._held = {
-            group: LocalExperts(config, weights, range(group * size, (group + 1) * size), backend)
-            for group in groups
-        }
-
-    @classmethod
-    def load(
-        cls, checkpoint: Checkpoint, groups: range, dtype: torch.dtype, backend: Backend
-    ) -> "GroupedExperts":
-        """Read the groups' experts, and nothing else of the checkpoint."""
-        config = checkpoint.config
-        size = config.n_routed_experts // config.n_group
-        experts = range(groups.start * size, groups.stop * size)
-        weights = checkpoint.load(lambda spec: spec.expert in experts, dtype=dtype)
-        return cls(config, weights, groups, backend)
-
-    def forward(self, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
-        """[T, D] float32: the sum over all groups held here."""
-        return add_all(((range(g, g + 1), self._of(g, layer, x, plan)) for g in self.groups), Tensor.add_)
-
-    def block_sums(self, layer: int, x: Tensor, plan: DispatchPlan, groups: range) -> Tensor:
-        """[S, T, D] float32: the sums of the blocks that these groups fall into."""
-        parts = ((range(g, g + 1), self._of(g, layer, x, plan)) for g in groups)
-        sums = [total for _, total in add_in_tree(parts, Tensor.add_)]
-        return sums[0].unsqueeze(0) if len(sums) == 1 else torch.stack(sums)
-
-    def _of(self, group: int, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
-        return self._held[group].forward(layer, x, plan)
+def load_experts(checkpoint: Checkpoint, groups: range, dtype: torch.dtype, backend: Backend) -> LocalExperts:
+    """Read some groups' experts of every layer, and nothing else of the checkpoint."""
+    weights = checkpoint.load(routed_experts(experts_of(checkpoint.config, groups)), dtype=dtype)
+    return LocalExperts(checkpoint.config, weights, groups, backend)
 
 
 class ExpertWorker:
@@ -89,7 +55,7 @@ class ExpertWorker:
         self,
         name: str,
         config: ModelConfig,
-        experts: GroupedExperts,
+        experts: LocalExperts,
         placement: ExpertPlacement,
         dtype: torch.dtype,
     ) -> None:

@@ -50,9 +50,7 @@ class LocalModel:
             dtype=DTYPES[options.dtype],
             progress=progress,
         )
-        experts = experts or LocalExperts(
-            self.config, weights, range(self.config.n_routed_experts), options.kernels
-        )
+        experts = experts or LocalExperts(self.config, weights, range(self.config.n_group), options.kernels)
         self.decoder = Decoder(self.config, weights, experts, mode=options.attention, backend=options.kernels)
         assert not weights, f"loaded and not used: {sorted(weights)[:3]}"
 

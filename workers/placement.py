@@ -15,20 +15,18 @@ sum that the tree contains, so 1, 2, 4 and 8 workers and a single process make t
 groups are no such block returns one sum for each of the few blocks they fall into.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels.group_tree import add_all, blocks_of
 from model.moe import DispatchPlan
 from workers.transport.protocol import Address
-
-Sum = TypeVar("Sum")
 
 
 class PlacementError(Exception):
@@ -158,48 +156,6 @@ def node_lists(
         if len(rows := np.flatnonzero(column))
     ]
     return lists, int(counts.max(initial=0))
-
-
-def blocks_of(groups: range) -> tuple[range, ...]:
-    """The fewest aligned blocks that make up a run of groups, in order."""
-    blocks = []
-    start = groups.start
-    while start < groups.stop:
-        size = 1 << ((groups.stop - start).bit_length() - 1)
-        if start:
-            size = min(size, start & -start)
-        blocks.append(range(start, start + size))
-        start += size
-    return tuple(blocks)
-
-
-def add_in_tree(
-    parts: Iterable[tuple[range, Sum]], add: Callable[[Sum, Sum], Sum]
-) -> list[tuple[range, Sum]]:
-    """Add neighbouring blocks as long as two of them make one block of the tree.
-
-    Args:
-        parts: aligned blocks in ascending order, without gaps, and their sums.
-        add: left and right to their sum; it may reuse the left one's memory.
-
-    Returns:
-        What remains: one block if the parts fill one, otherwise `blocks_of` the whole run.
-    """
-    stack: list[tuple[range, Sum]] = []
-    for block, value in parts:
-        while stack and len(stack[-1][0]) == len(block) and stack[-1][0].start % (2 * len(block)) == 0:
-            left, left_value = stack.pop()
-            block, value = range(left.start, block.stop), add(left_value, value)
-        stack.append((block, value))
-    return stack
-
-
-def add_all(parts: Iterable[tuple[range, Sum]], add: Callable[[Sum, Sum], Sum]) -> Sum:
-    """The root of the tree; where the number of groups is no power of two, the missing ones are left out."""
-    (_, total), *others = reversed(add_in_tree(parts, add))
-    for _, value in others:
-        total = add(value, total)
-    return total
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.backend import UnsupportedKernel
+from kernels.backend import Backend, UnsupportedKernel
+from kernels.group_tree import add_all, blocks_of
 from kernels.grouped_gemm import grouped_experts
 
 WIDTH, INNER, NUM_EXPERTS = 6, 4, 5
@@ -34,6 +35,23 @@ def experts_slowly(
     return out
 
 
+def total(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    first: int,
+    *,
+    backend: Backend,
+    group_size: int = 1,
+) -> Tensor:
+    """[T, D]: the launcher's blocks, added."""
+    groups = range(first // group_size, (first + len(gate_up)) // group_size)
+    sums = grouped_experts(x, experts, weights, gate_up, down, first, group_size, backend=backend)
+    return add_all(zip(blocks_of(groups), sums, strict=True), Tensor.add_)
+
+
 def random_plan(
     num_tokens: int, k: int, generator: torch.Generator, num_experts: int = NUM_EXPERTS
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +69,7 @@ def test_one_token_worked_out_by_hand() -> None:
     gate_up = torch.tensor([[[2.0], [3.0]], [[2.0], [3.0]]])
     down = torch.tensor([[[1.0]], [[2.0]]])
     x, experts, weights = torch.tensor([[1.0]]), torch.tensor([[7, 8]]), torch.tensor([[0.25, 0.5]])
-    out = grouped_experts(x, experts, weights, gate_up, down, 7, backend="reference")
+    out = total(x, experts, weights, gate_up, down, 7, backend="reference")
     assert out.dtype == torch.float32
     assert out.item() == pytest.approx(3 * silu(2.0) * (0.25 + 2 * 0.5), rel=1e-6)
 
@@ -62,7 +80,7 @@ def test_random_plans_against_a_slow_one(num_tokens: int, k: int, generator: tor
     x = torch.randn(num_tokens, WIDTH, generator=generator)
     gate_up, down = random_experts(generator)
     experts, weights = random_plan(num_tokens, k, generator)
-    out = grouped_experts(x, experts, weights, gate_up, down, 0, backend="reference")
+    out = total(x, experts, weights, gate_up, down, 0, backend="reference")
     # float32 sums of 6 products, of numbers below 100: 1e-4 is some ten ulps of the largest.
     torch.testing.assert_close(
         out.double(), experts_slowly(x, experts, weights, gate_up, down, 0), atol=1e-4, rtol=0
@@ -75,7 +93,7 @@ def test_experts_held_elsewhere_are_skipped(first: int, stop: int, generator: to
     gate_up, down = random_experts(generator)
     experts, weights = random_plan(30, 2, generator)
     held = gate_up[first:stop], down[first:stop]
-    out = grouped_experts(x, experts, weights, *held, first, backend="reference")
+    out = total(x, experts, weights, *held, first, backend="reference")
     torch.testing.assert_close(
         out.double(), experts_slowly(x, experts, weights, *held, first), atol=1e-4, rtol=0
     )
@@ -89,11 +107,9 @@ def test_the_order_in_which_a_token_names_its_experts_does_not_matter(generator:
     x = torch.randn(12, WIDTH, generator=generator)
     gate_up, down = random_experts(generator)
     experts, weights = random_plan(12, 4, generator)
-    out = grouped_experts(x, experts, weights, gate_up, down, 0, backend="reference")
+    out = total(x, experts, weights, gate_up, down, 0, backend="reference")
     for order in ([3, 2, 1, 0], [1, 0, 3, 2]):
-        again = grouped_experts(
-            x, experts[:, order], weights[:, order], gate_up, down, 0, backend="reference"
-        )
+        again = total(x, experts[:, order], weights[:, order], gate_up, down, 0, backend="reference")
         assert torch.equal(again, out)
 
 
@@ -102,22 +118,43 @@ def test_the_sum_runs_over_ascending_experts() -> None:
     gate_up = torch.full((3, 2, 1), 1.0)
     down = torch.tensor([[[1.0]], [[2.0**24]], [[-(2.0**24)]]]) / silu(1.0)
     x = torch.ones(1, 1)
-    forward = grouped_experts(
-        x, torch.tensor([[2, 1, 0]]), torch.ones(1, 3), gate_up, down, 0, backend="reference"
+    forward = total(
+        x, torch.tensor([[2, 1, 0]]), torch.ones(1, 3), gate_up, down, 0, backend="reference", group_size=3
     )
     one_by_one = [
-        grouped_experts(x, torch.tensor([[e]]), torch.ones(1, 1), gate_up, down, 0, backend="reference")
+        total(x, torch.tensor([[e]]), torch.ones(1, 1), gate_up, down, 0, backend="reference")
         for e in range(3)
     ]
     assert torch.equal(forward, one_by_one[0] + one_by_one[1] + one_by_one[2])
     assert not torch.equal(forward, one_by_one[2] + one_by_one[1] + one_by_one[0])
 
 
+def test_every_split_into_groups_makes_the_same_bits(generator: torch.Generator) -> None:
+    """Groups of two in a tree: by aligned blocks held apart, the sums of the whole come out bit for bit."""
+    gate_up = torch.randn(8, 2 * INNER, WIDTH, generator=generator)
+    down = torch.randn(8, WIDTH, INNER, generator=generator)
+    x = torch.randn(20, WIDTH, generator=generator)
+    experts, weights = random_plan(20, 5, generator, num_experts=8)
+    whole = grouped_experts(x, experts, weights, gate_up, down, 0, 2, backend="reference")
+    assert whole.shape == (1, 20, WIDTH)
+    for size in (2, 4):
+        parts = [
+            grouped_experts(
+                x, experts, weights, gate_up[i : i + size], down[i : i + size], i, 2, backend="reference"
+            )
+            for i in range(0, 8, size)
+        ]
+        blocks = [range(i // 2, (i + size) // 2) for i in range(0, 8, size)]
+        sums = (part[0] for part in parts)
+        assert torch.equal(add_all(zip(blocks, sums, strict=True), Tensor.add_), whole[0])
+    assert not torch.equal(whole[0], sum(part[0] for part in parts)), "a chain rounds otherwise"
+
+
 def test_bfloat16_weights_give_float32_sums(generator: torch.Generator) -> None:
     x = torch.randn(5, WIDTH, generator=generator).bfloat16()
     gate_up, down = (tensor.bfloat16() for tensor in random_experts(generator))
     experts, weights = random_plan(5, 3, generator)
-    out = grouped_experts(x, experts, weights, gate_up, down, 0, backend="reference")
+    out = total(x, experts, weights, gate_up, down, 0, backend="reference")
     expected = experts_slowly(x.float(), experts, weights, gate_up.float(), down.float(), 0)
     assert out.dtype == torch.float32
     # Every expert's result passes through bf16 three times (2^-8 each), of sums that reach tens.
@@ -129,7 +166,7 @@ def test_bfloat16_weights_give_float32_sums(generator: torch.Generator) -> None:
 def test_nothing_to_do(num_tokens: int, generator: torch.Generator) -> None:
     gate_up, down = random_experts(generator)
     experts = torch.full((num_tokens, 2), 99)
-    out = grouped_experts(
+    out = total(
         torch.ones(num_tokens, WIDTH),
         experts,
         torch.ones(num_tokens, 2),
@@ -147,6 +184,8 @@ def test_refusals(generator: torch.Generator) -> None:
     with pytest.raises(
         UnsupportedKernel, match=r"^grouped_experts: gate_up and down hold different experts$"
     ):
-        grouped_experts(x, experts, weights, gate_up, down[1:], 0, backend="reference")
+        grouped_experts(x, experts, weights, gate_up, down[1:], 0, 1, backend="reference")
+    with pytest.raises(UnsupportedKernel, match=r"no groups of 2$"):
+        grouped_experts(x, experts, weights, gate_up, down, 1, 2, backend="reference")
     with pytest.raises(UnsupportedKernel, match=r"^grouped_experts: "):
-        grouped_experts(x, experts, weights, gate_up, down, 0, backend="triton")  # type: ignore[arg-type]
+        grouped_experts(x, experts, weights, gate_up, down, 0, 1, backend="triton")  # type: ignore[arg-type]

@@ -12,11 +12,11 @@ import torch
 from kernels.gate_topk import gate_topk
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from model.moe import DispatchPlan
+from model.moe import DispatchPlan, LocalExperts
 from tests.checkpoints import DEMO
 from tests.workers.transport.processes import PeerProcess, new_endpoint, peer_process
 from workers.dispatch import RemoteExperts
-from workers.experts import ExpertWorker, GroupedExperts
+from workers.experts import ExpertWorker, load_experts
 from workers.placement import ExpertPlacement
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.local import LocalSwitch
@@ -31,11 +31,9 @@ def demo_config() -> ModelConfig:
 
 
 @cache
-def all_experts() -> GroupedExperts:
+def all_experts() -> LocalExperts:
     """All experts of the demo in this process; the threads share it, each using its own groups."""
-    return GroupedExperts.load(
-        Checkpoint.open(DEMO), range(demo_config().n_group), torch.float32, "reference"
-    )
+    return load_experts(Checkpoint.open(DEMO), range(demo_config().n_group), torch.float32, "reference")
 
 
 def rows(num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, DispatchPlan]:
@@ -117,7 +115,7 @@ def serve_share(endpoint: Endpoint, pipe: Connection) -> None:
     placement = pipe.recv()
     share = placement.share_of(endpoint.address.name)
     assert share is not None
-    experts = GroupedExperts.load(Checkpoint.open(DEMO), share.groups, torch.float32, "reference")
+    experts = load_experts(Checkpoint.open(DEMO), share.groups, torch.float32, "reference")
     worker = ExpertWorker(share.peer, demo_config(), experts, placement, torch.float32)
     pipe.send("ready")
     worker.serve(endpoint, threading.Event())

@@ -5,17 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.group_tree import add_all, add_in_tree, blocks_of
 from model.moe import DispatchPlan
-from workers.placement import (
-    ExpertPlacement,
-    ExpertShare,
-    PlacementError,
-    TooManyNodes,
-    add_all,
-    add_in_tree,
-    blocks_of,
-    node_lists,
-)
+from workers.placement import ExpertPlacement, ExpertShare, PlacementError, TooManyNodes, node_lists
 from workers.transport.protocol import Address
 
 
