@@ -16,7 +16,7 @@ from model.decoder import Decoder
 from model.errors import PromptTooLong, RequestError
 from model.inputs import PAGE_SIZE, ForwardInputs
 from model.pages import PageCache
-from model.sampling import SampleResult, SampleRow, num_accepted, sample
+from model.sampling import NonFiniteLogits, SampleResult, SampleRow, num_accepted, sample
 from model.stopping import finish_reason
 from workers.page_pool import PagePool, pages_for
 from workers.prefix import PrefixHasher
@@ -50,6 +50,21 @@ class StepStats:
     num_rows: int
     num_tokens: int
     seconds: float
+
+
+class NumericalFailure(Exception):
+    """Requests whose logits are no numbers. They are dropped; for the others the step may be run again.
+
+    Args:
+        uids: of the requests.
+    """
+
+    def __init__(self, uids: frozenset[str]) -> None:
+        super().__init__(uids)
+        self.uids = uids
+
+    def __str__(self) -> str:
+        return f"no token can be drawn for {', '.join(sorted(self.uids))}"
 
 
 class Engine:
@@ -106,7 +121,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Run every open request one step further."""
+        """Run every open request one step further.
+
+        Raises:
+            NumericalFailure: some requests are dropped, nothing else has happened.
+        """
         started = time.perf_counter()
         self._admit()
         batch = schedule(self._running.values(), self._config.chunk)
@@ -158,15 +177,23 @@ class Engine:
         hidden = self._model.forward(inputs, self._cache)
         logit_rows: list[int] = []
         sample_rows: list[SampleRow] = []
+        owners: list[str] = []
         for share, segment in zip(batch.shares, inputs.segments, strict=True):
             if share.is_last_chunk:
                 after_known = segment.start + share.num_known - 1
                 logit_rows.extend(range(after_known, segment.stop))
                 row = share.sequence.next_row()
                 sample_rows.extend(row.after(share.drafts[:place]) for place in range(len(share.drafts) + 1))
+                owners.extend([share.sequence.request.uid] * (len(share.drafts) + 1))
         if not logit_rows:
             return hidden, SampleResult([], [])
-        return hidden, sample(self._model.logits(hidden[logit_rows]), sample_rows)
+        try:
+            return hidden, sample(self._model.logits(hidden[logit_rows]), sample_rows)
+        except NonFiniteLogits as error:
+            uids = frozenset(owners[row] for row in error.rows)
+            for uid in uids:
+                self.cancel(uid)
+            raise NumericalFailure(uids) from error
 
     def _commit(self, batch: Batch, hidden: Tensor, drawn: SampleResult) -> list[Token]:
         """Take over the drawn tokens, move every sequence on, and draft for those that go on."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.decoder import Decoder
 from model.inputs import ForwardInputs
 from model.pages import PageCache
-from model.sampling import draw
+from model.sampling import NonFiniteLogits, draw
 from workers.sequence import Sequence
 
 MAX_DRAFTS = 3  # one MTP module fed back on itself: acceptance decays fast after the first draft
@@ -91,5 +91,9 @@ def _draft_on(model: Decoder, cache: PageCache, shares: list[DraftShare], last: 
             )
             last = model.draft(inputs, last, cache)
         rows = [sequence.next_row().after(sequence.drafts) for sequence in sequences]
-        for sequence, token_id in zip(sequences, draw(model.logits(last), rows), strict=True):
+        try:
+            token_ids = draw(model.logits(last), rows)
+        except NonFiniteLogits:  # a step does without drafts; the model's own logits are judged elsewhere
+            return
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
             sequence.drafts.append(token_id)

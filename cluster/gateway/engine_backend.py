@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable
 
 from cluster.gateway.backend import ModelFacts, WorkerLoad
 from cluster.gateway.errors import Kind, Overloaded, Refusal, ReplicaLost, as_refusal
-from model.sampling import NonFiniteLogits
 from workers.dispatch import DispatchError
-from workers.engine import Engine
+from workers.engine import Engine, NumericalFailure
 from workers.sequence import Request, Token
 from workers.transport.message import TransportError
 
@@ -22,8 +21,8 @@ _log = logging.getLogger(__name__)
 # An engine that fails so many steps in a row is broken for good; one failure may be that of one request.
 _MAX_FAILURES = 3
 
-# Logits that are no numbers are the fault of a request; experts that went away come back.
-_NOT_THE_ENGINES_FAULT = (NonFiniteLogits, DispatchError, TransportError)
+# Experts that went away come back.
+_NOT_THE_ENGINES_FAULT = (DispatchError, TransportError)
 
 _Order = Callable[[], None]
 
@@ -162,10 +161,14 @@ class EngineBackend:
         while self._obey():
             try:
                 tokens = self._engine.step()
+            except NumericalFailure as error:
+                _log.error("%s", error)
+                self._held.difference_update(error.uids)
+                self._call(self._fail, error.uids, as_refusal(error))
             except Exception as error:
                 _log.exception("a step of the engine failed")
                 failures += not isinstance(error, _NOT_THE_ENGINES_FAULT)
-                self._give_up(error)
+                self._give_up()
                 if failures >= _MAX_FAILURES:
                     self._broken = True
                     self._call(self._fail_all, ReplicaLost())
@@ -203,14 +206,12 @@ class EngineBackend:
         self._held.discard(uid)
         self._engine.cancel(uid)
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self) -> None:
         """Fails every request that the engine has, and frees their pages."""
-        # Which of several requests the numbers went wrong in is not known: to each, it may be a neighbour.
-        is_own_fault = isinstance(error, NonFiniteLogits) and len(self._held) == 1
         uids = list(self._held)
         for uid in uids:
             self._drop(uid)
-        self._call(self._fail, uids, as_refusal(error) if is_own_fault else ReplicaLost())
+        self._call(self._fail, uids, ReplicaLost())
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop, "not started"

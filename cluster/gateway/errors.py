@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from model.errors import EightfoldError, PromptTooLong, RequestError
-from model.sampling import NonFiniteLogits
+from workers.engine import NumericalFailure
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def as_refusal(error: BaseException) -> Refusal:
             return Refusal(Kind.CONTEXT, error.problem, error.field)
         case RequestError():
             return Refusal(Kind.INVALID_VALUE, error.problem, error.field)
-        case NonFiniteLogits():
+        case NumericalFailure():
             return Refusal(Kind.NUMERICAL, "the model computed no valid probabilities for this request")
         case TimeoutError():
             return Refusal(Kind.TIMEOUT, "the time for this request is spent", None, 1.0)

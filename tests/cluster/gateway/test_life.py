@@ -1,6 +1,7 @@
 """From the first byte to the last page: ends, cuts, floods and failures."""
 
 import json
+import math
 import socket
 import threading
 import time
@@ -9,11 +10,13 @@ from typing import Any
 
 import httpx2
 import pytest
+from torch import Tensor
 
+import workers.engine
 from cluster.config import ClusterConfig, ConfigError, GatewaySection
 from cluster.gateway.errors import Overloaded
 from cluster.gateway.server import GatewayServer
-from model.sampling import NonFiniteLogits
+from model.sampling import SampleRow
 from tests.cluster.gateway.serving import ENDLESS, HARBOR, HARBOR_ANSWER, Served, serve, wait_until
 from workers.local import LocalModel
 
@@ -130,19 +133,28 @@ def test_an_engine_that_fails_again_and_again_is_not_ready(
     assert httpx2.get(f"{small.url}/readyz", trust_env=False).status_code == 503
 
 
-def test_logits_that_are_no_numbers_are_the_fault_of_their_request(
-    small: Served, monkeypatch: pytest.MonkeyPatch
+def test_logits_that_are_no_numbers_are_the_fault_of_their_request_alone(
+    served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing() -> Any:
-        raise NonFiniteLogits((0,))
+    real = workers.engine.sample
 
-    body = {"model": "demo", "messages": HARBOR, "max_tokens": 2}
-    with monkeypatch.context() as patch:
-        patch.setattr(small.engine, "step", failing)
+    def poisoned(logits: Tensor, rows: list[SampleRow]) -> Any:
+        """As if the model had gone wrong for the request that counts log-probabilities."""
+        for row, place in zip(rows, range(len(rows)), strict=True):
+            if row.params.logprobs is not None:
+                logits[place] = math.nan
+        return real(logits, rows)
+
+    bad = {"model": "demo", "messages": HARBOR, "max_tokens": 20, "logprobs": True}
+    good = {**ENDLESS, "stream": False, "max_tokens": 20}
+    with monkeypatch.context() as patch, ThreadPoolExecutor() as threads:
+        patch.setattr(workers.engine, "sample", poisoned)
         for _ in range(4):
-            refused = small.post(body)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (500, "numerical_error")
-    assert small.post(body).status_code == 200
+            answers = [threads.submit(served.post, body) for body in (good, bad, good)]
+            codes = [answer.result().status_code for answer in answers]
+            assert codes == [200, 500, 200]
+            assert answers[1].result().json()["error"]["code"] == "numerical_error"
+    assert served.is_idle()
 
 
 def test_time_spent_is_a_status_before_the_answer_and_an_event_inside_it(demo: LocalModel) -> None:
