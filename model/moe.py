@@ -5,7 +5,9 @@ In one process that is `LocalExperts`; on a cluster it is the expert pool. Shape
 width, E experts, k experts a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,12 +31,27 @@ class DispatchPlan:
     weights: Tensor
 
 
+class PendingSum(Protocol):
+    """A layer's routed experts at work, perhaps elsewhere."""
+
+    def result(self) -> Tensor:
+        """[T, D] float32: for each token the weighted sum of its experts, in the tree of groups."""
+        ...
+
+
 class Experts(Protocol):
     """Whoever computes the routed experts of all layers."""
 
-    def forward(self, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
-        """[T, D] float32: for each token of x [T, D] the weighted sum of its experts, in expert order."""
+    def submit(self, layer: int, x: Tensor, plan: DispatchPlan) -> PendingSum:
+        """Begin with the rows of x [T, D]; x and plan must stay as they are until the result is taken."""
         ...
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """Work of this process, done when its result is taken."""
+
+    result: Callable[[], Tensor]
 
 
 class FeedForward:
@@ -101,6 +118,10 @@ class LocalExperts:
             )
             self._down[layer] = torch.stack([weights.take(f"{name}.down_proj.weight") for name in names])
 
+    def submit(self, layer: int, x: Tensor, plan: DispatchPlan) -> PendingSum:
+        """As `Experts.submit`; `forward` runs when the result is taken."""
+        return _Deferred(partial(self.forward, layer, x, plan))
+
     def forward(self, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
         """[T, D] float32: the share of the weighted sum that the groups held here make."""
         sums = self.block_sums(layer, x, plan, self.groups)
@@ -145,5 +166,6 @@ class MoE:
         plan = self.gate.forward(x)
         if routed is not None:
             routed.append(plan.experts)
-        total = self._experts.forward(self._layer, x, plan)
-        return total.add_(self._shared.forward(x).float()).to(x.dtype)
+        pending = self._experts.submit(self._layer, x, plan)
+        shared = self._shared.forward(x)  # runs while the rows are on their way
+        return pending.result().add_(shared.float()).to(x.dtype)
