@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cluster.cli import DEMO
+from cluster.demo import DEMO
 from model.chat.encoding import ChatEncoding, encode_chat
 from model.chat.messages import Message
 from model.sampling_params import SamplingParams

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.bare_hops import Hop
 from benchmarks.processes import new_endpoint, process
-from cluster.cli import DEMO
+from cluster.demo import DEMO
 from kernels.gate_topk import gate_topk
 from model.checkpoint import Checkpoint
 from model.moe import DispatchPlan

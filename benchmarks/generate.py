@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from cluster.cli import DEMO
+from cluster.demo import DEMO
 from model.checkpoint import Checkpoint
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer

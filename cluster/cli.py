@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-DEMO = Path(__file__).parent.parent / "model" / "demo"
+from cluster.demo import DEMO
 
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
 EXIT_USER_ERROR = 2  # something the user can mend: arguments, a checkpoint, a request

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from cluster.demo import DEMO
 from cluster.gateway.core import Budgets
 from cluster.gateway.http_guard import HttpLimits
 from kernels.backend import Backend
@@ -22,7 +23,6 @@ from workers.local import ModelOptions
 from workers.speculate import MAX_DRAFTS
 
 MAX_FILE_BYTES = 256 * 1024
-DEMO = Path(__file__).parent.parent / "model" / "demo"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

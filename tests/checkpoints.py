@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cluster.demo import DEMO as DEMO
 from model.config import FP8_BLOCK, ModelConfig
 from model.layout import TensorSpec, layout
-
-DEMO = Path(__file__).parent.parent / "model" / "demo"
 
 YARN = {
     "type": "yarn",
