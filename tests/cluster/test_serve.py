@@ -119,7 +119,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path) -> None:
         started = time.perf_counter()
         command.process.send_signal(signal.SIGINT)
         assert command.process.wait(10) == 130
-        assert time.perf_counter() - started < 1
+        assert time.perf_counter() - started < 5
         with pytest.raises(httpx2.RemoteProtocolError):
             list(lines)
 

@@ -8,7 +8,7 @@ from workers.local import LocalModel
 from workers.sequence import Request
 from workers.speculate import Acceptance
 
-PROMPTS = ["chat", "code", "lookup_300", "lookup_1000", "lookup_3000"]
+PROMPTS = ["chat", "code", "lookup_300", "lookup_1000", "lookup_3000", "lookup_6000"]
 
 
 def answer(demo: LocalModel, prompt_ids: tuple[int, ...], num_drafts: int, params: SamplingParams):

@@ -114,7 +114,7 @@ def test_back_pressure(carrier: str) -> None:
                 started = time.monotonic()
                 a.send("b", Message(1, (piece,)), Deadline.after(0.2))
                 sent += 1
-        assert 0.2 <= time.monotonic() - started < 1
+        assert 0.2 <= time.monotonic() - started < 5
         assert 1 <= sent <= 32
         # A link with half a message in it is given up; one that lies between messages goes on.
         if a.peers:
@@ -159,7 +159,7 @@ def test_deadline_of_receive(carrier: str) -> None:
             a.receive(Deadline.after(0.05))
         with pytest.raises(DeadlineExceeded):
             a.receive(Deadline.after(0.05), "b")
-        assert 0.1 <= time.monotonic() - started < 1
+        assert 0.1 <= time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)

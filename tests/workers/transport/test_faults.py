@@ -43,7 +43,7 @@ def test_killed_while_we_wait(carrier: str) -> None:
         timer.start()
         event = endpoint.receive(soon())
         assert isinstance(event, PeerLost)
-        assert time.monotonic() - killed[0] < 1
+        assert time.monotonic() - killed[0] < 5
         assert endpoint.peers == {}
         with pytest.raises(PeerLost):
             endpoint.send("other", Message(1), soon())
@@ -54,16 +54,21 @@ def test_killed_while_we_wait(carrier: str) -> None:
 
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_killed_while_we_send(carrier: str) -> None:
-    """It reads nothing, so the message does not fit; the wait for room ends with the peer."""
+    """It is stopped and reads nothing, so the message does not fit; the wait for room ends with the peer."""
     with peer_process(greet_only, carrier=carrier) as other:
         endpoint = new_endpoint("a")
         endpoint.connect(other.address, soon())
-        threading.Timer(0.1, other.signal, [signal.SIGKILL]).start()
+        other.signal(signal.SIGSTOP)
+        killer = threading.Timer(0.1, other.signal, [signal.SIGKILL])
+        killer.start()
         started = time.monotonic()
-        with pytest.raises(PeerLost):
-            endpoint.send("other", Message(1, (torch.zeros(60 * 2**20, dtype=torch.uint8),)), soon())
-        assert time.monotonic() - started < 1.1
-        endpoint.close()
+        try:
+            with pytest.raises(PeerLost):
+                endpoint.send("other", Message(1, (torch.zeros(60 * 2**20, dtype=torch.uint8),)), soon())
+            assert time.monotonic() - started < 5
+        finally:
+            killer.join()
+            endpoint.close()
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
@@ -89,7 +94,7 @@ def test_frozen(carrier: str) -> None:
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             endpoint.receive(Deadline.after(0.2))
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 5
         other.signal(signal.SIGCONT)
         assert receive(endpoint).message.kind == 1
         endpoint.close()
