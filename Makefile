@@ -10,9 +10,10 @@ BIN := $(VENV)/bin
 serve: $(VENV)
 	$(BIN)/eightfold chat
 
-## the tests that need no GPU
+## the tests that need no GPU; those that start a Ray run alone, for a Ray wants the machine while it starts
 test: $(VENV)
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not ray" --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -m ray
 
 ## the tests that need an NVIDIA GPU
 gpu-test: $(VENV)

@@ -21,6 +21,7 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     settings = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps every address on loopback
         "RAY_AUTH_MODE": "disabled",  # nothing but loopback can reach it
+        "RAY_gcs_server_port_wait_time_s": "60",  # its first process starts slowly on a busy machine
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": "1",
     }
