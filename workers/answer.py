@@ -1,7 +1,7 @@
 """The text of one answer: tokens in, events out."""
 
 from model.chat.encoding import ChatEncoding
-from model.chat.events import ContentDelta, Event
+from model.chat.events import Event
 from model.stopping import StopChecker
 from model.tokenizer import Detokenizer, Tokenizer
 from workers.sequence import Request, Token
@@ -49,8 +49,3 @@ class ChatAnswer:
         if token.finish_reason or self.stopped:
             events += self._parser.finish()
         return events
-
-
-def content_of(events: list[Event]) -> str:
-    """The content among events, which is what a later turn of the conversation keeps of an answer."""
-    return "".join(event.text for event in events if isinstance(event, ContentDelta))

@@ -5,7 +5,6 @@ them and cancels an answer that met a stop string.
 """
 
 import secrets
-import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -43,15 +42,6 @@ class EngineConfig:
             raise RequestError("drafts", f"is {self.num_drafts}; between 0 and {MAX_DRAFTS} can be made")
 
 
-@dataclass(frozen=True)
-class StepStats:
-    """What one step did: rows run, tokens drawn, and how long it took."""
-
-    num_rows: int
-    num_tokens: int
-    seconds: float
-
-
 class NumericalFailure(Exception):
     """Requests whose logits are no numbers. They are dropped; for the others the step may be run again.
 
@@ -80,7 +70,6 @@ class Engine:
         self._running: dict[str, Sequence] = {}
         self.acceptance = Acceptance()
         self._eos_ids = frozenset({model.config.eos_token_id})
-        self.last_step = StepStats(0, 0, 0.0)
 
     @property
     def is_idle(self) -> bool:
@@ -126,13 +115,10 @@ class Engine:
         Raises:
             NumericalFailure: some requests are dropped, nothing else has happened.
         """
-        started = time.perf_counter()
         self._admit()
         batch = schedule(self._running.values(), self._config.chunk)
         hidden, drawn = self._run(batch)
-        tokens = self._commit(batch, hidden, drawn)
-        self.last_step = StepStats(batch.num_rows, len(tokens), time.perf_counter() - started)
-        return tokens
+        return self._commit(batch, hidden, drawn)
 
     def _admit(self) -> None:
         """Start waiting requests in order of arrival while there are pages for them."""

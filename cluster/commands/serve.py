@@ -10,6 +10,7 @@ from argparse import Namespace
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 
+from cluster.cli import EXIT_INTERRUPTED
 from cluster.config import ClusterConfig, ConfigError
 from cluster.gateway.backend import ModelFacts
 from cluster.gateway.engine_backend import EngineBackend
@@ -23,7 +24,6 @@ from workers.local import LocalModel
 from workers.transport.config import EndpointConfig
 from workers.transport.endpoint import PeerEndpoint
 
-EXIT_INTERRUPTED = 130
 _DEFAULT_CONTEXTS = 8  # so many of the longest sequences have room where the description does not say
 
 
