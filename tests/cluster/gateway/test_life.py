@@ -154,7 +154,7 @@ def test_logits_that_are_no_numbers_are_the_fault_of_their_request_alone(
             codes = [answer.result().status_code for answer in answers]
             assert codes == [200, 500, 200]
             assert answers[1].result().json()["error"]["code"] == "numerical_error"
-    assert served.is_idle()
+    assert wait_until(served.is_idle) < 5
 
 
 def test_time_spent_is_a_status_before_the_answer_and_an_event_inside_it(demo: LocalModel) -> None:
