@@ -2,11 +2,17 @@
 
 The whole of it is `step`: schedule, run, commit. It knows nothing of text; who reads the tokens detokenises
 them and cancels an answer that met a stop string.
+
+Where prefill and decode are apart, each side has an engine: `add(.., hand_over=True)` stops after the first
+token and keeps the pages; `reserve` takes pages for a prompt that is computed elsewhere, `adopt` goes on with
+it. What lies between is `handoff.py`.
 """
 
 import secrets
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +23,9 @@ from model.inputs import PAGE_SIZE, ForwardInputs
 from model.pages import PageCache
 from model.sampling import NonFiniteLogits, SampleResult, SampleRow, num_accepted, sample
 from model.stopping import finish_reason
-from workers.page_pool import PagePool, pages_for
+from workers.allocation import PageAllocator, Wait
+from workers.load import WorkerLoad
+from workers.page_pool import PagePool
 from workers.prefix import PrefixHasher
 from workers.schedule import Batch, Share, schedule
 from workers.sequence import Request, Sequence, Token
@@ -57,30 +65,139 @@ class NumericalFailure(Exception):
         return f"no token can be drawn for {', '.join(sorted(self.uids))}"
 
 
-class Engine:
-    """Continuous batching over one `Decoder` and one `PageCache`."""
+OnLayer = Callable[[Batch, int], None]
+"""Told that a batch's rows lie in the pages of a layer; its sequences still say how far they were before."""
 
-    def __init__(self, model: Decoder, cache: PageCache, config: EngineConfig) -> None:
+
+@dataclass(frozen=True)
+class _Waiting:
+    request: Request
+    keys: list[bytes]
+    hand_over: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """What it needs room for."""
+        return len(self.request.prompt_ids) + (0 if self.hand_over else self.request.params.max_tokens)
+
+
+class Engine:
+    """Continuous batching over one `Decoder` and one `PageCache`.
+
+    Args:
+        secret: of the names of pages; the same for all who exchange pages, None for one of its own.
+    """
+
+    def __init__(
+        self, model: Decoder, cache: PageCache, config: EngineConfig, secret: bytes | None = None
+    ) -> None:
         if config.num_drafts and not model.can_draft:
             raise RequestError("drafts", f"is {config.num_drafts}; this checkpoint has no MTP module: use 0")
         self._model, self._cache, self._config = model, cache, config
         self.pool = PagePool(cache.num_pages)
-        self._hasher = PrefixHasher(secrets.token_bytes(32))
-        self._waiting: deque[Request] = deque()
+        self._allocator = PageAllocator(self.pool, PrefixHasher(secret or secrets.token_bytes(32)))
+        self._waiting: deque[_Waiting] = deque()
         self._running: dict[str, Sequence] = {}
+        self._parked: dict[str, Sequence] = {}  # have pages and do not run: reserved, or to be handed over
         self.acceptance = Acceptance()
+        self.num_prompt_tokens = self.num_hit_tokens = 0  # of prompts that started; found in cached pages
         self._eos_ids = frozenset({model.config.eos_token_id})
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts made at most in the next step."""
+        return self._config.num_drafts
+
+    @property
+    def running_uids(self) -> list[str]:
+        """Requests that have started and are not parked."""
+        return list(self._running)
 
     @property
     def is_idle(self) -> bool:
         return not self._waiting and not self._running
 
-    def add(self, request: Request) -> None:
+    def load(self) -> WorkerLoad:
+        """How busy it is."""
+        prefilling = [sequence for sequence in self._running.values() if sequence.phase == "prefill"]
+        return WorkerLoad(
+            waiting=len(self._waiting) + len(prefilling),
+            running=len(self._running) - len(prefilling),
+            parked=len(self._parked),
+            free_pages=self.pool.num_free,
+            num_pages=self.pool.num_pages,
+            queued_tokens=sum(len(waiting.request.prompt_ids) for waiting in self._waiting)
+            + sum(sequence.num_pending for sequence in prefilling),
+        )
+
+    def add(self, request: Request, *, hand_over: bool = False) -> None:
         """Take a request; it starts when pages for its prompt and longest answer are free.
+
+        Args:
+            hand_over: stop after the first token, if that does not end the answer, and keep the pages of the
+                prompt until `cancel`: somebody else goes on.
 
         Raises:
             RequestError: the request can never run here.
         """
+        self._check(request)
+        self._waiting.append(_Waiting(request, self._allocator.keys_of(request), hand_over))
+
+    def reserve(self, request: Request, keys: list[bytes] | None = None) -> Sequence | Wait:
+        """Take pages for a prompt that is computed elsewhere, and for its longest answer.
+
+        Args:
+            keys: `keys_of` the request, for who asks again and again.
+
+        Raises:
+            RequestError: the request can never run here.
+        """
+        self._check(request)
+        longest = len(request.prompt_ids) + request.params.max_tokens
+        sequence = self._allocator.start(request, keys or self.keys_of(request), longest)
+        if isinstance(sequence, Sequence):
+            self._parked[request.uid] = sequence
+        return sequence
+
+    def keys_of(self, request: Request) -> list[bytes]:
+        """Names of the prompt's full pages."""
+        return self._allocator.keys_of(request)
+
+    def adopt(self, uid: str, first: Token) -> None:
+        """Go on with a reserved sequence whose prompt lies in its pages and whose first token is drawn."""
+        sequence = self._parked.pop(uid)
+        sequence.num_cached = sequence.num_prompt
+        sequence.num_prompt_cached = first.num_prompt_cached
+        sequence.tokens.append(first.token_id)
+        self._allocator.publish(sequence)
+        self._running[uid] = sequence
+
+    def parked(self, uid: str) -> Sequence | None:
+        """A sequence that has pages and does not run."""
+        return self._parked.get(uid)
+
+    def cancel(self, uid: str) -> None:
+        """Drop a request and free its pages; unknown or ended ones are ignored."""
+        self._waiting = deque(waiting for waiting in self._waiting if waiting.request.uid != uid)
+        if sequence := self._running.pop(uid, None) or self._parked.pop(uid, None):
+            self._allocator.end(sequence)
+
+    @torch.inference_mode()
+    def step(self, on_layer: OnLayer | None = None) -> list[Token]:
+        """Run every open request one step further.
+
+        Raises:
+            NumericalFailure: some requests are dropped, nothing else has happened.
+        """
+        self._admit()
+        batch = schedule(self._running.values(), self._config.chunk)
+        if not batch.shares:
+            return []
+        hidden, drawn = self._run(batch, on_layer)
+        return self._commit(batch, hidden, drawn)
+
+    def _check(self, request: Request) -> None:
+        """Refuse what can never run here."""
         vocab_size = self._model.config.vocab_size
         if not request.prompt_ids:
             raise RequestError("prompt", "is empty; send at least one token")
@@ -100,67 +217,34 @@ class Engine:
                 "max_tokens",
                 f"is {request.params.max_tokens}; after this prompt the context holds {room} more",
             )
-        self._waiting.append(request)
-
-    def cancel(self, uid: str) -> None:
-        """Drop a request and free its pages; unknown or ended ones are ignored."""
-        self._waiting = deque(request for request in self._waiting if request.uid != uid)
-        if sequence := self._running.pop(uid, None):
-            self.pool.give_back(sequence.pages)
-
-    @torch.inference_mode()
-    def step(self) -> list[Token]:
-        """Run every open request one step further.
-
-        Raises:
-            NumericalFailure: some requests are dropped, nothing else has happened.
-        """
-        self._admit()
-        batch = schedule(self._running.values(), self._config.chunk)
-        hidden, drawn = self._run(batch)
-        return self._commit(batch, hidden, drawn)
 
     def _admit(self) -> None:
-        """Start waiting requests in order of arrival while there are pages for them."""
-        while self._waiting and (sequence := self._start(self._waiting[0])):
-            self._waiting.popleft()
-            self._running[sequence.request.uid] = sequence
+        """Start waiting requests in order of arrival; one that waits for a prefix lets others pass."""
+        still_waiting: deque[_Waiting] = deque()
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            started = self._allocator.start(waiting.request, waiting.keys, waiting.num_tokens)
+            if isinstance(started, Sequence):
+                started.hands_over = waiting.hand_over
+                self._running[waiting.request.uid] = started
+                self.num_prompt_tokens += started.num_prompt
+                self.num_hit_tokens += started.num_cached
+                continue
+            still_waiting.append(waiting)
+            if started is Wait.FOR_ROOM:
+                break
+        self._waiting = still_waiting + self._waiting
 
-    def _start(self, request: Request) -> Sequence | None:
-        """A sequence on cached pages of its prefix and on new ones for the rest; None while pages lack."""
-        keys: list[bytes] = []
-        # The last token of a prompt always runs: its logits are the first token's.
-        num_full = (len(request.prompt_ids) - 1) // PAGE_SIZE
-        self._hasher.extend(keys, request.tenant, request.prompt_ids, num_full)
-        shared = self.pool.match(keys)
-        self.pool.share(shared)
-        num_new = pages_for(len(request.prompt_ids) + request.params.max_tokens) - len(shared)
-        if num_new > self.pool.num_free:
-            self.pool.give_back(shared)
-            return None
-        pages = shared + self.pool.take(num_new)
-        return Sequence(request, pages, len(shared), keys[: len(shared)])
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Make the pages that became full known, those of the answer too: the next turn starts with them.
-
-        In the MTP layer a page's last row depends on the token behind the page, which is not part of its key:
-        after another continuation that one row is another's. Only drafts read it, never an answer.
-        """
-        num_full = sequence.num_cached // PAGE_SIZE
-        known = len(sequence.page_keys)
-        self._hasher.extend(sequence.page_keys, sequence.request.tenant, sequence.tokens, num_full)
-        for page in range(known, num_full):
-            self.pool.publish(sequence.pages[page], sequence.page_keys[page])
-
-    def _run(self, batch: Batch) -> tuple[Tensor, SampleResult]:
+    def _run(self, batch: Batch, on_layer: OnLayer | None) -> tuple[Tensor, SampleResult]:
         """Hidden states of all rows, and the model's own token after every row that needs one."""
         inputs = ForwardInputs.build(
             [share.token_ids for share in batch.shares],
             [share.sequence.num_cached for share in batch.shares],
             [share.sequence.pages for share in batch.shares],
         )
-        hidden = self._model.forward(inputs, self._cache)
+        hidden = self._model.forward(
+            inputs, self._cache, on_layer=partial(on_layer, batch) if on_layer else None
+        )
         logit_rows: list[int] = []
         sample_rows: list[SampleRow] = []
         owners: list[str] = []
@@ -188,20 +272,23 @@ class Engine:
         row = place = 0
         for share in batch.shares:
             sequence, start = share.sequence, share.sequence.num_cached
-            valid = share.num_known
-            if share.is_last_chunk:
+            valid, is_last_chunk = share.num_known, share.is_last_chunk
+            if is_last_chunk:
                 own = slice(place, place + len(share.drafts) + 1)
                 place = own.stop
                 tokens, accepted = self._take_over(share, drawn, own)
                 out.extend(tokens)
                 valid += accepted
             sequence.num_cached += valid
-            self._publish(sequence)
+            self._allocator.publish(sequence)
             if out and out[-1].uid == sequence.request.uid and out[-1].finish_reason:
                 self.cancel(sequence.request.uid)
             elif self._config.num_drafts:
-                num_drafts = min(self._config.num_drafts, sequence.room - 1) if share.is_last_chunk else 0
+                is_drafted = is_last_chunk and not sequence.hands_over
+                num_drafts = min(self._config.num_drafts, sequence.room - 1) if is_drafted else 0
                 to_draft.append(DraftShare(sequence, start, hidden[row : row + valid], num_drafts))
+            if is_last_chunk and sequence.hands_over and sequence.request.uid in self._running:
+                self._parked[sequence.request.uid] = self._running.pop(sequence.request.uid)
             row += share.num_rows
         draft(self._model, self._cache, to_draft)
         return out
@@ -219,7 +306,7 @@ class Engine:
             position = sequence.num_tokens
             sequence.tokens.append(token_id)
             reason = finish_reason(token_id, sequence.num_output, params, self._eos_ids)
-            cached = sequence.num_shared * PAGE_SIZE
+            cached = sequence.num_prompt_cached
             out.append(Token(sequence.request.uid, token_id, position, reason, logprobs, cached))
             if reason:
                 break

@@ -28,6 +28,7 @@ class PagePool:
         self._holders: dict[int, int] = {}  # held page -> how many hold it
         self._key_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
+        self._changes: dict[bytes, bool] | None = None  # key -> whether it is known now
 
     @property
     def num_free(self) -> int:
@@ -37,6 +38,21 @@ class PagePool:
     @property
     def num_cached(self) -> int:
         return len(self._cached)
+
+    def watch(self) -> None:
+        """Keep note of which keys come and go, for `take_changes`."""
+        self._changes = {}
+
+    def keys(self) -> list[bytes]:
+        """Keys of all pages that can be shared."""
+        return list(self._page_of)
+
+    def take_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Keys that have come and keys that have gone since the last call."""
+        assert self._changes is not None, "nobody watches"
+        changes, self._changes = self._changes, {}
+        added = [key for key, is_known in changes.items() if is_known]
+        return added, [key for key, is_known in changes.items() if not is_known]
 
     def take(self, num_pages: int) -> list[int]:
         """Pages for one holder, contents undefined; ask `num_free` first. Forgets cached pages if it must."""
@@ -70,6 +86,7 @@ class PagePool:
         assert page not in self._key_of, "a page holds one run of tokens"
         if key not in self._page_of:
             self._page_of[key], self._key_of[page] = page, key
+            self._note(key, True)
 
     def give_back(self, pages: list[int]) -> None:
         """Let go of pages in order of position. The last are forgotten first: they depend on the others."""
@@ -96,5 +113,11 @@ class PagePool:
 
     def _forget_one(self) -> None:
         page, _ = self._cached.popitem(last=False)
-        del self._page_of[self._key_of.pop(page)]
+        key = self._key_of.pop(page)
+        del self._page_of[key]
+        self._note(key, False)
         self._free.append(page)
+
+    def _note(self, key: bytes, is_known: bool) -> None:
+        if self._changes is not None:
+            self._changes[key] = is_known

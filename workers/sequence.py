@@ -54,7 +54,9 @@ class Sequence:
         [num_tokens, + drafts)      guessed; rows of the next step verify them
 
     Pages hold the slots of all three; the first `num_shared` of them were found in the cache and are only
-    read. `page_keys` names the full pages that have been published or found.
+    read. `page_keys` names the full pages that have been published or found, `coming_keys` the prompt's pages
+    that it is going to publish. `num_prompt_cached` is how much of the prompt was found where it was
+    prefilled. One that `hands_over` stops after its first token: another engine goes on.
     """
 
     request: Request
@@ -63,11 +65,14 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)
     tokens: list[int] = field(init=False)
     num_cached: int = field(init=False)
+    num_prompt_cached: int = field(init=False)
     drafts: list[int] = field(default_factory=list)
+    coming_keys: list[bytes] = field(default_factory=list)
+    hands_over: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
-        self.num_cached = self.num_shared * PAGE_SIZE
+        self.num_cached = self.num_prompt_cached = self.num_shared * PAGE_SIZE
 
     @property
     def num_tokens(self) -> int:

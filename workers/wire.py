@@ -1,0 +1,187 @@
+"""What gateways and attention workers say to each other: frozen values, as JSON in a message's first tensor.
+
+    gateway -> worker     WATCH, GENERATE, CANCEL
+    worker -> gateway     TOKENS, FAILED, STATUS
+    prefill -> decode     RESERVE, PAGES, HAND_OVER, DROP
+    decode -> prefill     GRANT, ADOPTED, DROP
+
+PAGES is the one kind without JSON: its header and tensors say all (`handoff.py`). Values are checked against
+their types when they are read; nothing is unpickled. A request's time left travels in the header's budget.
+"""
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from workers.load import WorkerLoad
+from workers.sequence import Request, Token
+from workers.transport.message import MalformedMessage, Message
+from workers.transport.protocol import Address
+
+T = TypeVar("T")
+
+Role = Literal["prefill", "decode"]
+
+
+class Kind(enum.IntEnum):
+    """Kinds of message; the experts' own begin at 1 (`experts.py`)."""
+
+    WATCH = 16
+    GENERATE = 17
+    CANCEL = 18
+    TOKENS = 19
+    FAILED = 20
+    STATUS = 21
+    RESERVE = 32
+    GRANT = 33
+    PAGES = 34
+    HAND_OVER = 35
+    ADOPTED = 36
+    DROP = 37
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Run a request: prefill it and hand it over to `decode`, or run all of it where there is none."""
+
+    request: Request
+    decode: Address | None = None
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Forget a request and free its pages."""
+
+    uid: str
+
+
+Why = Literal["replica_lost", "overloaded", "numerical_error", "invalid"]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request ends here without its answer; `field` and `problem` are those of a `RequestError`."""
+
+    uid: str
+    why: Why
+    field: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """What a worker says of itself, several times a second.
+
+    Attributes:
+        keys_added, keys_removed: pages that can be shared from now on, or no longer, as `short_key`s.
+        is_full: `keys_added` is everything there is; forget what was said before.
+        drafted, accepted: drafts judged and accepted since the start, by position.
+        most_nodes: expert nodes that one token was sent to at most.
+    """
+
+    role: Role
+    load: WorkerLoad
+    is_full: bool = False
+    keys_added: tuple[str, ...] = ()
+    keys_removed: tuple[str, ...] = ()
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+    num_drafts: int = 0
+    steps: int = 0
+    tokens: int = 0
+    hit_tokens: int = 0
+    prompt_tokens: int = 0
+    epoch: int = 0
+    dispatched: int = 0
+    copies: int = 0
+    most_nodes: int = 0
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Take pages for a prompt that we compute. `client` is the peer that reads the tokens."""
+
+    request: Request
+    client: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Pages are reserved under a lease; those before `first_page` are known here and need not be sent."""
+
+    uid: str
+    lease: int
+    first_page: int
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """All pages of the first `num_layers` layers were sent, and this is the first token: go on from here."""
+
+    uid: str
+    lease: int
+    first: Token
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """The sequence runs here now; the pages at the source are no longer needed."""
+
+    uid: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The hand-over of a request is off; whoever holds pages for it frees them."""
+
+    uid: str
+    why: Why
+
+
+def pack(kind: Kind, body: object, budget_us: int = 0) -> Message:
+    """A message that carries a value."""
+    data = bytearray(_adapter(cast(Hashable, type(body))).dump_json(body))
+    return Message(kind, (torch.frombuffer(data, dtype=torch.uint8),), budget_us=budget_us)
+
+
+def pack_tokens(tokens: list[Token]) -> Message:
+    """The tokens of a step, of several requests."""
+    data = bytearray(_adapter(list[Token]).dump_json(tokens))
+    return Message(Kind.TOKENS, (torch.frombuffer(data, dtype=torch.uint8),))
+
+
+def unpack(kind: type[T], message: Message) -> T:
+    """The value that a message carries.
+
+    Raises:
+        MalformedMessage: it is none of this type.
+    """
+    try:
+        value: T = _adapter(cast(Hashable, kind)).validate_json(_bytes(message.tensors[0]))
+    except (ValidationError, ValueError, IndexError, TypeError) as error:
+        raise MalformedMessage(f"no {kind} in a message of kind {message.kind}") from error
+    return value
+
+
+def short_key(key: bytes) -> str:
+    """Enough of a page's name to guess where a prefix lies; whoever holds the page compares all of it."""
+    return key[:8].hex()
+
+
+@cache  # pydantic builds these slowly
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    return TypeAdapter(cast(Any, kind))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise ValueError("a body is a vector of bytes")
+    return tensor.numpy().tobytes()
