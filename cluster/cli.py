@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster.demo import DEMO
 
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+EXIT_FAILED = 1  # something went wrong that is not the user's to mend
 EXIT_USER_ERROR = 2  # something the user can mend: arguments, a checkpoint, a request
 
 _COMMANDS = {
@@ -16,6 +17,7 @@ _COMMANDS = {
     "chat": "talk to a model in the terminal",
     "generate": "continue one prompt",
     "logits": "write a prompt's logits to a file",
+    "trace": "look inside the model while it answers one prompt",
     "inspect": "check a checkpoint and say what the model is",
 }
 
@@ -49,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "chat": _add_chat,
         "generate": _add_generate,
         "logits": _add_logits,
+        "trace": _add_trace,
         "inspect": _add_inspect,
     }
     for name, summary in _COMMANDS.items():
@@ -69,7 +72,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="CONFIG.yaml",
-        help="description of the cluster; without one, the demo on ports 8000 and 50051 of this machine",
+        help="description of the cluster; without one the demo as a cluster on a Ray of this machine, "
+        "ports 8000 and 50051",
     )
 
 
@@ -94,10 +98,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, required=True, metavar="N", help="tokens to generate at most"
     )
     _add_sampling(parser)
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat"
-    )
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    _add_stopping(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
 
 
@@ -109,6 +110,35 @@ def _add_logits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--positions", choices=["last", "all"], default="last", help="whose logits to write")
     parser.add_argument(
         "--selected", action="store_true", help="also write what each layer's indexer selected"
+    )
+
+
+def _add_trace(parser: argparse.ArgumentParser) -> None:
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument(
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="raw text, special tokens in it are recognised; BOS is put before it; - reads standard input",
+    )
+    _add_prompt_ids(prompt)
+    _add_model(parser)
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most")
+    _add_sampling(parser)
+    parser.set_defaults(drafts=1)
+    _add_stopping(parser)
+    parser.add_argument(
+        "--nodes", type=int, default=8, metavar="N", help="nodes that the expert groups are dealt out to"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=256, metavar="N", help="tokens shown in full detail, the answer's first"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="page to write; without --json and --html both come, as trace.json and trace.html",
     )
 
 
@@ -160,6 +190,13 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="tokens guessed ahead; changes the speed and not the answer",
     )
+
+
+def _add_stopping(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ class ModelSection(_Section):
 class EngineSection(_Section):
     """How the engine runs, and how much it may take on.
 
-    `tokens` is the room in pages, all sequences together; None is eight times the model's context.
+    `tokens` is the room in pages, all sequences together; None is eight times the model's context. Where
+    prefill and decode have engines of their own, their sections say how much room each has.
     """
 
     chunk: Count = 2048
@@ -86,15 +87,49 @@ class EngineSection(_Section):
 
 
 class ExpertsSection(_Section):
-    """Who computes the routed experts: this process, or a pool of actors on a Ray of this machine.
+    """Who computes the routed experts: whoever runs attention, or a pool of actors.
 
     In a pool, `nodes` actors each hold a run of whole expert groups of every layer, like the nodes of a
-    cluster; `layer_seconds` is what a layer may take from dispatch to combine.
+    cluster; `layer_seconds` is what a layer may take from dispatch to combine. `spread: strict` asks for a
+    machine for each actor, `loose` for as many machines as there are. `node_labels` says on which nodes.
     """
 
     placement: Literal["local", "pool"] = "local"
     nodes: Count = 8
     layer_seconds: Seconds = 5.0
+    spread: Literal["loose", "strict"] = "loose"
+    node_labels: dict[str, str] = {}
+
+
+class RoleSection(_Section):
+    """The engines of one role, each a Serve replica with attention actors of its own.
+
+    `tokens` is the room in the pages of one actor; None is eight times the model's context.
+    """
+
+    engines: Count = 1
+    attention_actors: Count = 1
+    tokens: Count | None = None
+    node_labels: dict[str, str] = {}
+
+
+class RouterSection(_Section):
+    """How requests find their workers.
+
+    A decode worker that has all but `local_prefill_tokens` of a prompt in its pages computes those itself;
+    pages on their way belong to a lease that ends when nothing has moved for `lease_seconds`, and a worker
+    that says nothing for `silence_seconds` is taken for dead.
+    """
+
+    local_prefill_tokens: Annotated[int, Field(ge=0)] = 512
+    lease_seconds: Seconds = 10.0
+    silence_seconds: Seconds = 15.0
+
+
+class RaySection(_Section):
+    """Which Ray: `local` starts one of our own on this machine, anything else is the address of a cluster."""
+
+    address: Annotated[str, StringConstraints(min_length=1, max_length=255)] = "local"
 
 
 class TlsSection(_Section):
@@ -151,12 +186,28 @@ class GatewaySection(_Section):
 
 
 class ClusterConfig(_Section):
-    """A cluster."""
+    """A cluster. Without `prefill` and `decode` one engine in one process does both."""
 
     model: ModelSection = ModelSection()
     engine: EngineSection = EngineSection()
     experts: ExpertsSection = ExpertsSection()
+    prefill: RoleSection | None = None
+    decode: RoleSection | None = None
+    router: RouterSection = RouterSection()
+    ray: RaySection = RaySection()
     gateway: GatewaySection = GatewaySection()
+
+    @property
+    def is_disaggregated(self) -> bool:
+        """Whether prefill and decode have engines of their own."""
+        return self.prefill is not None and self.decode is not None
+
+    @model_validator(mode="after")
+    def _roles_are_both_there(self) -> "ClusterConfig":
+        if (self.prefill is None) != (self.decode is None):
+            missing = "prefill" if self.prefill is None else "decode"
+            raise ValueError(f"{missing} is missing: give both prefill and decode, or neither")
+        return self
 
     @classmethod
     def load(cls, path: Path) -> "ClusterConfig":

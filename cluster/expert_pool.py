@@ -10,10 +10,14 @@ import secrets
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.directory import ExpertEntry
+from cluster.ray_runtime import node_of
 from kernels.backend import Backend
 from model.checkpoint import Checkpoint
 from model.decoder import DTypeName
@@ -23,9 +27,13 @@ from workers.transport.protocol import Address
 
 _log = logging.getLogger(__name__)
 
+Spread = Literal["loose", "strict"]
+
+PLACE_SECONDS = 30.0
 START_SECONDS = 120.0  # for a process that imports torch and reads its experts, on a busy machine
 CALL_SECONDS = 10.0
 _WATCH_SECONDS = 0.2
+_CPUS = 0.01  # of Ray's count: a bundle must ask for something
 
 
 class ExpertPool:
@@ -35,28 +43,47 @@ class ExpertPool:
     """
 
     def __init__(
-        self, directory: Path, num_nodes: int, *, dtype: DTypeName = "float32", kernels: Backend = "reference"
+        self,
+        directory: Path,
+        num_nodes: int,
+        *,
+        dtype: DTypeName = "float32",
+        kernels: Backend = "reference",
+        token: bytes | None = None,
+        first_epoch: int = 1,
+        spread: Spread = "loose",
+        node_labels: dict[str, str] | None = None,
     ) -> None:
         """Start the actors and wait until each has loaded its experts.
 
         Args:
             num_nodes: expert actors, each with a run of whole groups; at most `n_group`.
+            token: the cluster's secret; None for one of its own.
+            first_epoch: higher than any of an earlier pool that its peers may remember.
+            spread: `strict` for a node of Ray each, `loose` for as many as there are.
+            node_labels: of the nodes that may be used.
 
         Raises:
             PlacementError: more nodes than groups.
             ray.exceptions.GetTimeoutError: an actor did not come up in time.
         """
-        self.token = secrets.token_bytes(32)
+        self.token = token or secrets.token_bytes(32)
         self._model = Checkpoint.open(directory).config
         shares = _runs(self._model.n_group, num_nodes)
         self._configs = [
             ExpertActorConfig(f"experts-{node}", directory.resolve(), groups, dtype, kernels, self.token)
             for node, groups in enumerate(shares)
         ]
-        self._actors = [_start(config) for config in self._configs]
+        self._subscribers: dict[str, Any] = {}
+        self._group = _placement_group(num_nodes, spread, node_labels or {})
+        self._actors = [self._start(node) for node in range(num_nodes)]
         self._witnesses = [actor.wait_until_stopped.remote() for actor in self._actors]
         try:
-            self._place(ray.get([actor.address.remote() for actor in self._actors], timeout=START_SECONDS), 1)
+            self._nodes = ray.get([node_of(actor) for actor in self._actors], timeout=START_SECONDS)
+            self._place(
+                ray.get([actor.address.remote() for actor in self._actors], timeout=START_SECONDS),
+                first_epoch,
+            )
         except BaseException:
             self._kill_all()
             raise
@@ -68,12 +95,29 @@ class ExpertPool:
         """The newest placement."""
         return self._placement
 
+    def subscribe(self, name: str, actor: Any) -> None:
+        """Tell an actor this placement and every later one, in place of an earlier actor of its name."""
+        self._subscribers[name] = actor
+        ray.get(actor.adopt.remote(self._placement), timeout=CALL_SECONDS)
+
+    def unsubscribe(self, name: str) -> None:
+        """It is gone."""
+        self._subscribers.pop(name, None)
+
     def stats(self) -> list[ExpertActorStats]:
         """What each actor did since its start."""
         found: list[ExpertActorStats] = ray.get(
             [actor.stats.remote() for actor in self._actors], timeout=CALL_SECONDS
         )
         return found
+
+    def entries(self) -> tuple[ExpertEntry, ...]:
+        """Who holds which groups, and where."""
+        nodes = list(self._nodes)
+        return tuple(
+            ExpertEntry(share.peer, share.groups.start, len(share.groups), node)
+            for share, node in zip(self._placement.shares, nodes, strict=True)
+        )
 
     def close(self) -> None:
         """End the watching and the actors."""
@@ -87,6 +131,9 @@ class ExpertPool:
         placement = ExpertPlacement.even(epoch, model.n_routed_experts, model.n_group, addresses)
         ray.get([actor.adopt.remote(placement) for actor in self._actors], timeout=CALL_SECONDS)
         self._placement = placement
+        told = [actor.adopt.remote(placement) for actor in list(self._subscribers.values())]
+        if told:  # one that is dying must not keep the others waiting
+            ray.wait(told, num_returns=len(told), timeout=CALL_SECONDS)
 
     def _watch(self) -> None:
         while not self._stopping.is_set():
@@ -101,8 +148,9 @@ class ExpertPool:
     def _replace(self, node: int) -> None:
         _log.warning("expert actor %s is gone; starting another", self._configs[node].name)
         ray.kill(self._actors[node])
-        actor = _start(self._configs[node])
+        actor = self._start(node)
         address: Address = ray.get(actor.address.remote(), timeout=START_SECONDS)
+        self._nodes[node] = ray.get(node_of(actor), timeout=START_SECONDS)
         self._actors[node], self._witnesses[node] = actor, actor.wait_until_stopped.remote()
         addresses = [share.address for share in self._placement.shares]
         addresses[node] = address
@@ -112,6 +160,13 @@ class ExpertPool:
     def _kill_all(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
+        remove_placement_group(self._group)
+
+    def _start(self, node: int) -> Any:
+        """An actor in its place; a few Ray calls at a time, one of which is the witness."""
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=node)
+        options = {"num_cpus": 0, "max_concurrency": 4, "scheduling_strategy": place}
+        return ray.remote(ExpertActor).options(**options).remote(self._configs[node])
 
 
 def _runs(num_groups: int, num_nodes: int) -> list[range]:
@@ -121,6 +176,21 @@ def _runs(num_groups: int, num_nodes: int) -> list[range]:
     return [share.groups for share in placement.shares]
 
 
-def _start(config: ExpertActorConfig) -> Any:
-    """An actor; two Ray calls at a time, one of which is the witness. Rows use none of Ray's CPUs."""
-    return ray.remote(ExpertActor).options(num_cpus=0, max_concurrency=4).remote(config)
+def _placement_group(num_nodes: int, spread: Spread, labels: dict[str, str]) -> PlacementGroup:
+    """A place for each actor.
+
+    Raises:
+        TimeoutError: the nodes that were asked for are not there.
+    """
+    group: PlacementGroup = placement_group(
+        [{"CPU": _CPUS}] * num_nodes,
+        strategy="STRICT_SPREAD" if spread == "strict" else "SPREAD",
+        bundle_label_selector=[labels] * num_nodes if labels else None,
+    )
+    if not group.wait(PLACE_SECONDS):
+        remove_placement_group(group)
+        asked = f" with labels {labels}" if labels else ""
+        raise TimeoutError(
+            f"no place for {num_nodes} expert actors ({spread} spread{asked}) after {PLACE_SECONDS:.0f} s"
+        )
+    return group

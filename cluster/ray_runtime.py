@@ -1,9 +1,12 @@
 """A Ray of our own on this machine: loopback only, its own folder, nothing joined and nothing left behind."""
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import ray
 
@@ -20,12 +23,15 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     # These are settings of Ray and of OpenMP, inherited by the processes that Ray starts from here.
     settings = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps every address on loopback
-        "RAY_AUTH_MODE": "disabled",  # nothing but loopback can reach it
+        # Ray's processes listen on every interface, and whoever may talk to them runs code in them. Ray turns
+        # token authentication on where a token is there and nobody has chosen a mode.
+        "RAY_AUTH_TOKEN": _auth_token(),
         "RAY_gcs_server_port_wait_time_s": "60",  # its first process starts slowly on a busy machine
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": "1",
     }
-    before = {key: os.environ.get(key) for key in settings}
+    before = {key: os.environ.get(key) for key in (*settings, "RAY_AUTH_MODE")}
+    os.environ.pop("RAY_AUTH_MODE", None)
     os.environ.update(settings)
     with tempfile.TemporaryDirectory(prefix="eightfold-", ignore_cleanup_errors=True) as folder:
         try:
@@ -45,3 +51,27 @@ def local_ray(num_cpus: int) -> Iterator[None]:
                     os.environ.pop(key, None)
                 else:
                     os.environ[key] = value
+
+
+@cache  # Ray reads it once in a process
+def _auth_token() -> str:
+    return secrets.token_hex(32)
+
+
+@contextmanager
+def joined_ray(address: str) -> Iterator[None]:
+    """Join a Ray that runs; what was started on it ends with our connection."""
+    ray.init(address=address, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def node_of(actor: Any) -> "ray.ObjectRef[str]":
+    """A short name of the node that an actor runs on."""
+    return actor.__ray_call__.remote(_own_node)  # type: ignore[no-any-return]
+
+
+def _own_node(_: object) -> str:
+    return ray.get_runtime_context().get_node_id()[:8]

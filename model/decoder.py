@@ -4,14 +4,15 @@ Reads from top to bottom like the paper. `forward` returns hidden states after t
 the MTP module both start from them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend
+from kernels.linear import linear, stable
 from kernels.norm import add_rms_norm, rms_norm
 from model.attention import Attention, AttentionMode
 from model.checkpoint import Weights
@@ -108,7 +109,7 @@ class MTP:
         self._eps, self._backend = config.rms_norm_eps, backend
         self._enorm = weights.take(f"{prefix}.enorm.weight")
         self._hnorm = weights.take(f"{prefix}.hnorm.weight")
-        self._eh_proj = weights.take(f"{prefix}.eh_proj.weight")
+        self._eh_proj = stable(weights.take(f"{prefix}.eh_proj.weight"), backend=backend)
         self._layer = DecoderLayer(config, weights, layer, experts, mode, backend)
         self._norm = weights.take(f"{prefix}.shared_head.norm.weight")
 
@@ -124,7 +125,7 @@ class MTP:
         """[T, D] after shared_head.norm, from the next tokens' embeddings and h, both [T, D]."""
         embedded = rms_norm(embedded, self._enorm, self._eps, backend=self._backend)
         hidden = rms_norm(hidden, self._hnorm, self._eps, backend=self._backend)
-        residual = F.linear(torch.cat([embedded, hidden], dim=-1), self._eh_proj)
+        residual = linear(torch.cat([embedded, hidden], dim=-1), self._eh_proj, backend=self._backend)
         update, residual = self._layer.forward(None, residual, inputs, angles, pages, trace)
         return add_rms_norm(update, residual, self._norm, self._eps, backend=self._backend)[0]
 
@@ -143,7 +144,7 @@ class Decoder:
     ) -> None:
         self.config, self._backend = config, backend
         self._embedding = weights.take("model.embed_tokens.weight")
-        self._head = weights.take("lm_head.weight").float()
+        self._head = stable(weights.take("lm_head.weight").float(), backend=backend)
         self._norm = weights.take("model.norm.weight")
         self.layers = [
             DecoderLayer(config, weights, layer, experts, mode, backend)
@@ -160,16 +161,27 @@ class Decoder:
     def can_draft(self) -> bool:
         return self._mtp is not None
 
-    def forward(self, inputs: ForwardInputs, cache: PageCache, trace: Trace | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: ForwardInputs,
+        cache: PageCache,
+        trace: Trace | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """Run the rows through every layer, filling their pages.
+
+        Args:
+            on_layer: told the number of each layer whose pages are filled.
 
         Returns:
             [T, D] hidden states after the final norm.
         """
         angles = rope_angles(self._frequencies, inputs.positions)
         update, residual = None, self._embedding[inputs.token_ids]
-        for layer, pages in zip(self.layers, cache.layers, strict=False):
+        for number, (layer, pages) in enumerate(zip(self.layers, cache.layers, strict=False)):
             update, residual = layer.forward(update, residual, inputs, angles, pages, trace)
+            if on_layer:
+                on_layer(number)
         assert update is not None
         return add_rms_norm(update, residual, self._norm, self.config.rms_norm_eps, backend=self._backend)[0]
 
@@ -192,4 +204,4 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, vocab] float32 from hidden states [R, D]; computed in fp32."""
-        return F.linear(hidden.float(), self._head)
+        return linear(hidden.float(), self._head, backend=self._backend)

@@ -1,5 +1,7 @@
 """The shells that Ray hosts: each makes its plain class, gives it thread and endpoint, passes calls on."""
 
+import logging
+import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +10,20 @@ import torch
 
 from kernels.backend import Backend
 from model.checkpoint import Checkpoint
+from model.config import ModelConfig
 from model.decoder import DTYPES, DTypeName
+from workers.attention import AttentionWorker, WorkerConfig
+from workers.dispatch import RemoteExperts
+from workers.engine import Engine, EngineConfig
 from workers.experts import ExpertWorker, load_experts
+from workers.local import LocalModel, ModelOptions
 from workers.placement import ExpertPlacement
 from workers.transport.config import EndpointConfig
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.protocol import Address
+from workers.wire import Role
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,3 +99,93 @@ class ExpertActor:
         if self._thread:
             self._thread.join()
         self._endpoint.close()
+
+
+@dataclass(frozen=True)
+class AttentionActorConfig:
+    """One attention actor.
+
+    `layer_seconds` is what a layer of remote experts may take, None for experts in the actor itself;
+    `num_tokens` the room in its pages; `token` and `secret` are the cluster's: to connect, and of page names.
+    """
+
+    name: str
+    role: Role
+    directory: Path
+    options: ModelOptions
+    engine: EngineConfig
+    num_tokens: int
+    lease_seconds: float
+    layer_seconds: float | None
+    token: bytes = field(repr=False)
+    secret: bytes = field(repr=False)
+
+
+class AttentionActor:
+    """Holds KV pages and runs an engine over them in a thread of its own.
+
+    Ray calls come for placement and health only; requests, tokens, rows and pages travel through endpoints.
+    """
+
+    def __init__(self, config: AttentionActorConfig) -> None:
+        torch.set_num_threads(1)
+        self._config = config
+        self._placement: ExpertPlacement | None = None
+        self._endpoints = [PeerEndpoint(EndpointConfig(config.name, config.token))]
+        model = LocalModel(config.directory, config.options, experts=self._remote_experts())
+        cache = model.cache(config.num_tokens)
+        engine = Engine(model.decoder, cache, config.engine, config.secret)
+        num_layers = model.config.num_hidden_layers + bool(config.engine.num_drafts)
+        worker_config = WorkerConfig(
+            config.name, config.role, model.checkpoint.digest, num_layers, config.lease_seconds
+        )
+        stats = self._experts.stats if self._experts else None
+        self._worker = AttentionWorker(worker_config, engine, cache, self._endpoints[0], stats)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="attention", daemon=True)
+
+    def _remote_experts(self) -> RemoteExperts | None:
+        config = self._config
+        self._experts: RemoteExperts | None = None
+        if config.layer_seconds is not None:
+            endpoint = PeerEndpoint(EndpointConfig(f"{config.name}/experts", config.token))
+            self._endpoints.append(endpoint)
+            topk_group = ModelConfig.load(config.directory).topk_group
+            self._experts = RemoteExperts(
+                endpoint, self, topk_group=topk_group, layer_seconds=config.layer_seconds
+            )
+        return self._experts
+
+    def _serve(self) -> None:
+        try:
+            self._worker.serve(self._stop)
+        except BaseException:
+            _log.exception("%s is broken", self._config.name)
+            os._exit(1)  # who watches this process starts another
+
+    def start(self) -> Address:
+        """Begin to work; where peers reach it. A second call changes nothing."""
+        if self._thread.ident is None:
+            self._thread.start()
+        return self._endpoints[0].address
+
+    def adopt(self, placement: ExpertPlacement) -> None:
+        """Dispatch by this placement from the next layer on."""
+        self._placement = placement
+
+    def current(self) -> ExpertPlacement:
+        """The newest placement, for the dispatcher."""
+        assert self._placement, "no placement was adopted before the start"
+        return self._placement
+
+    def wait_until_stopped(self) -> None:
+        """Returns when `stop` is called. While it is pending the process lives; it fails when that dies."""
+        self._stop.wait()
+
+    def stop(self) -> None:
+        """End the work."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for endpoint in self._endpoints:
+            endpoint.close()

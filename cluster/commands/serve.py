@@ -9,96 +9,44 @@ import time
 from argparse import Namespace
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from cluster.cli import EXIT_INTERRUPTED
-from cluster.config import ClusterConfig, ConfigError
-from cluster.gateway.backend import ModelFacts
+from cluster.cli import EXIT_FAILED, EXIT_INTERRUPTED
+from cluster.config import ClusterConfig
+from cluster.gateway.cluster_backend import ClusterBackend
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.gateway.server import GatewayServer
-from model.config import ModelConfig
+from cluster.launch import start_backend
 from model.inputs import PAGE_SIZE
-from model.moe import Experts
-from model.text import load_text
-from workers.dispatch import RemoteExperts
-from workers.local import LocalModel
-from workers.transport.config import EndpointConfig
-from workers.transport.endpoint import PeerEndpoint
 
-_DEFAULT_CONTEXTS = 8  # so many of the longest sequences have room where the description does not say
+EMBEDDED = Path(__file__).parent.parent / "embedded.yaml"
+_CONNECT_SECONDS = 30.0
 
 
 def run(options: Namespace) -> int:
     """Load, serve, drain."""
-    config = ClusterConfig.load(options.config) if options.config else ClusterConfig()
+    config = ClusterConfig.load(options.config or EMBEDDED)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Says of every cut stream that its response is incomplete, which is the purpose.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    with ExitStack() as stack:
-        return asyncio.run(_serve(config, start_experts(config, stack)))
-
-
-def start_experts(config: ClusterConfig, stack: ExitStack) -> Experts | None:
-    """The expert pool of a description, started; the stack ends it. None for experts in this process.
-
-    Raises:
-        ConfigError, CheckpointError: there is no such model, or it has fewer groups than nodes are asked for.
-    """
-    directory = config.model.directory
-    if not directory.is_dir():
-        raise ConfigError("", "model.directory", f"is {str(directory)!r}; there is no such directory")
-    if config.experts.placement == "local":
-        return None
-    from cluster.expert_pool import ExpertPool  # loads Ray, which only a pool needs
-    from cluster.ray_runtime import local_ray
-
-    model = ModelConfig.load(directory)
-    if config.experts.nodes > model.n_group:
-        raise ConfigError(
-            "", "experts.nodes", f"is {config.experts.nodes}; this model has {model.n_group} expert groups"
-        )
-    _say("starting Ray")
-    stack.enter_context(local_ray(num_cpus=os.cpu_count() or 1))
-    _say(f"starting {config.experts.nodes} expert actors")
-    pool = ExpertPool(directory, config.experts.nodes, dtype=config.model.dtype, kernels=config.model.kernels)
-    stack.callback(pool.close)
-    endpoint = PeerEndpoint(EndpointConfig("attention-0", pool.token))
-    stack.callback(endpoint.close)
-    return RemoteExperts(
-        endpoint, pool, topk_group=model.topk_group, layer_seconds=config.experts.layer_seconds
-    )
-
-
-def load_backend(config: ClusterConfig, experts: Experts | None) -> EngineBackend:
-    """The model of a description, loaded and not started yet.
-
-    Raises:
-        ConfigError, CheckpointError: it cannot be served.
-    """
-    directory = config.model.directory
-    model = LocalModel(directory, config.model.options(), experts=experts, progress=True)
-    tokenizer, encoding = load_text(directory, model.config)
-    longest = model.config.max_position_embeddings
-    num_tokens = config.engine.tokens or _DEFAULT_CONTEXTS * longest
-    engine = model.engine(config.engine.config(), num_tokens)
-    context = min(longest, engine.pool.num_pages * PAGE_SIZE)
-    facts = ModelFacts(model.config, tokenizer, encoding, model.checkpoint.digest, context)
-    return EngineBackend(
-        engine,
-        facts,
-        max_waiting=config.engine.max_waiting,
-        max_unread=config.gateway.limits.max_unread_tokens,
-    )
-
-
-async def _serve(config: ClusterConfig, experts: Experts | None) -> int:
     started = time.perf_counter()
-    _say(f"loading {config.model.directory.name} as {config.model.dtype}")
-    backend = load_backend(config, experts)
-    _say(f"loaded in {time.perf_counter() - started:.1f} s; opening ports")
+    with ExitStack() as stack:
+        try:
+            backend = start_backend(config, stack, _say)
+        except TimeoutError as error:
+            print(f"eightfold serve: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        return asyncio.run(_serve(config, backend, started))
+
+
+async def _serve(config: ClusterConfig, backend: EngineBackend | ClusterBackend, started: float) -> int:
     backend.start()
     try:
+        if isinstance(backend, ClusterBackend):
+            await backend.wait_until_ready(_CONNECT_SECONDS)
         server = GatewayServer(backend, config.model.served_name, config.gateway, program_version())
         await server.start()
+        _say(f"ready after {time.perf_counter() - started:.1f} s")
         print(banner(server, config), flush=True)
         return await _until_interrupted(server)
     finally:

@@ -17,6 +17,10 @@ class ApiKeys:
     def __init__(self, hashes: Sequence[str]) -> None:
         self._hashes = tuple(bytes.fromhex(text) for text in hashes)
 
+    @property
+    def are_needed(self) -> bool:
+        return bool(self._hashes)
+
     def tenant(self, authorization: str | None) -> str | None:
         """Whose request this is, by its Authorization header; None where the key is missing or wrong."""
         if not self._hashes:

@@ -1,4 +1,4 @@
-"""What the gateway asks of whoever runs the model. One process today; a cluster implements the same."""
+"""What the gateway asks of whoever runs the model. One process or a cluster: the same seam."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,6 +6,7 @@ from typing import Protocol
 from model.chat.encoding import ChatEncoding
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
+from workers.load import WorkerLoad
 from workers.sequence import Request, Token
 
 
@@ -21,16 +22,6 @@ class ModelFacts:
     encoding: ChatEncoding
     digest: str
     context: int
-
-
-@dataclass(frozen=True)
-class WorkerLoad:
-    """How busy whoever runs the model is. `waiting` requests have got no token yet."""
-
-    waiting: int
-    running: int
-    free_pages: int
-    num_pages: int
 
 
 class TokenStream(Protocol):

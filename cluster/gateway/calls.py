@@ -19,7 +19,7 @@ from model.sampling_params import MAX_STOPS, SamplingParams, logit_bias_pairs
 
 MAX_MESSAGES = 4096
 
-_LABELS = {
+LABEL_FIELDS = {
     "metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user", "verbosity",
 }  # fmt: skip
 _COMMON = {
@@ -107,7 +107,7 @@ def chat_call(body: Mapping[str, Any]) -> ChatCall:
         tools=read_tools(fields),
         thinking=_thinking(fields),
         schema=read_schema(fields),
-        unknown_fields=frozenset(fields.keys() - CHAT_FIELDS - _LABELS),
+        unknown_fields=frozenset(fields.keys() - CHAT_FIELDS - LABEL_FIELDS),
     )
 
 
@@ -123,7 +123,7 @@ def completion_call(body: Mapping[str, Any]) -> CompletionCall:
     return CompletionCall(
         **_common(fields, max_tokens, fields.integer("logprobs")),
         prompt=_prompt(fields.need("prompt")),
-        unknown_fields=frozenset(fields.keys() - COMPLETION_FIELDS - _LABELS),
+        unknown_fields=frozenset(fields.keys() - COMPLETION_FIELDS - LABEL_FIELDS),
     )
 
 

@@ -9,10 +9,11 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 
-from cluster.gateway.backend import ModelFacts, WorkerLoad
+from cluster.gateway.backend import ModelFacts
 from cluster.gateway.errors import Kind, Overloaded, Refusal, ReplicaLost, as_refusal
 from workers.dispatch import DispatchError
 from workers.engine import Engine, NumericalFailure
+from workers.load import WorkerLoad
 from workers.sequence import Request, Token
 from workers.transport.message import TransportError
 
@@ -122,7 +123,12 @@ class EngineBackend:
     def load(self) -> WorkerLoad:
         running = sum(stream.has_started for stream in self._streams.values())
         pool = self._engine.pool
-        return WorkerLoad(len(self._streams) - running, running, pool.num_free, pool.num_pages)
+        return WorkerLoad(
+            waiting=len(self._streams) - running,
+            running=running,
+            free_pages=pool.num_free,
+            num_pages=pool.num_pages,
+        )
 
     # In the event loop
 

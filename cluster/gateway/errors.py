@@ -29,6 +29,10 @@ class Row:
 class Kind(Enum):
     """The kinds of refusal."""
 
+    @property
+    def row(self) -> Row:
+        return self.value
+
     INVALID_JSON = Row(400, "invalid_request_error", "invalid_json", "INVALID_ARGUMENT")
     INVALID_TYPE = Row(400, "invalid_request_error", "invalid_type", "INVALID_ARGUMENT")
     INVALID_VALUE = Row(400, "invalid_request_error", "invalid_value", "INVALID_ARGUMENT")
@@ -73,7 +77,7 @@ class Refusal(EightfoldError):
 
     @property
     def row(self) -> Row:
-        return self.kind.value
+        return self.kind.row
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The error object of the OpenAI API."""

@@ -17,6 +17,7 @@ from cluster.gateway.errors import Kind, Overloaded, Refusal
 from cluster.gateway.http_guard import ClientGone, Guard, HttpLimits, WrongMethod, read_body
 from cluster.gateway.metrics import CONTENT_TYPE
 from cluster.gateway.openai_format import ChatFormat, CompletionFormat, Format, Json, usage_json
+from cluster.gateway.openapi import PREFIXES, openapi
 from cluster.gateway.strict_json import parse_object
 
 # Bodies up to this size are parsed in the event loop: a thread would cost more than they do.
@@ -33,13 +34,15 @@ _Open = Callable[[Json, str], Awaitable[tuple[Call, Answer, type[Format]]]]
 
 def http_app(gateway: Gateway, keys: ApiKeys, limits: HttpLimits, version: str) -> ASGIApp:
     """The whole HTTP interface as an ASGI application."""
+    description = openapi(gateway, keys, version)
     routes = [
         Route("/healthz", GetRoute(lambda path: JSONResponse({"status": "ok"}))),
         Route("/readyz", GetRoute(lambda path: _ready(gateway))),
         Route("/metrics", GetRoute(lambda path: _metrics(gateway))),
         Route("/version", GetRoute(lambda path: _version(gateway, version))),
+        Route("/openapi.json", GetRoute(lambda path: JSONResponse(description))),
     ]
-    for prefix in ("/v1", ""):  # DeepSeek's base address has no /v1
+    for prefix in PREFIXES:
         routes += [
             Route(f"{prefix}/models", GetRoute(lambda path: _models(gateway))),
             Route(f"{prefix}/models/{{name:path}}", GetRoute(lambda path: _model(gateway, path["name"]))),

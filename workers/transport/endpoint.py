@@ -74,6 +74,10 @@ class PeerEndpoint:
     def peers(self) -> dict[str, Peer]:
         return {name: seat.link.peer for name, seat in self._seats.items()}
 
+    def fileno(self) -> int:
+        """Readable when something has happened; for who waits in a loop of its own and then receives."""
+        return self._epoll.fileno()
+
     def connect(self, address: Address, deadline: Deadline) -> Peer:
         if seat := self._seats.get(address.name):
             return seat.link.peer

@@ -1,0 +1,45 @@
+"""Who is there: what the supervisor knows and gateways ask for."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.transport.protocol import Address
+from workers.wire import Role
+
+
+@dataclass(frozen=True)
+class WorkerEntry:
+    """An attention worker: its role, its engine (a Serve replica), its node, and where to reach it."""
+
+    role: Role
+    engine: str
+    node: str
+    address: Address
+
+
+@dataclass(frozen=True)
+class ExpertEntry:
+    """An expert actor: the groups it holds, where it runs, and how many dispatches it answered."""
+
+    name: str
+    first_group: int
+    num_groups: int
+    node: str
+    num_answered: int = 0
+
+
+@dataclass(frozen=True)
+class Directory:
+    """The cluster at one moment. `epoch` is that of the expert placement, 0 where there is no pool."""
+
+    epoch: int = 0
+    workers: tuple[WorkerEntry, ...] = ()
+    experts: tuple[ExpertEntry, ...] = ()
+
+
+class DirectorySource(Protocol):
+    """Whoever can be asked who is there."""
+
+    async def __call__(self) -> Directory:
+        """The newest directory; may fail or take long, the asker has a deadline."""
+        ...

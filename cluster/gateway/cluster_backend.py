@@ -1,0 +1,309 @@
+"""The model on a cluster: requests go to attention workers, tokens come back from them, one hop each.
+
+Everything lives in the event loop, the endpoint too: its epoll is a descriptor that the loop can watch. Per
+token there is no Ray call, no thread and no queue but the request's own.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.directory import Directory, DirectorySource, WorkerEntry
+from cluster.gateway.backend import ModelFacts
+from cluster.gateway.errors import Kind as RefusalKind
+from cluster.gateway.errors import Overloaded, Refusal, ReplicaLost
+from cluster.router import NoRoute, Router
+from model.errors import RequestError
+from workers.load import WorkerLoad
+from workers.sequence import Request, Token
+from workers.transport.endpoint import PeerEndpoint
+from workers.transport.message import MalformedMessage, Message, TransportError
+from workers.transport.protocol import Deadline, DeadlineExceeded, PeerLost, Received
+from workers.wire import Cancel, Failed, Generate, Kind, WorkerStatus, pack, unpack
+
+_log = logging.getLogger(__name__)
+
+_DIRECTORY_SECONDS = 0.5  # how soon a worker that joined is used
+_ASK_SECONDS = 5.0
+_CONNECT_SECONDS = 1.0
+_SEND_SECONDS = 0.5  # for a worker whose ring is full: it has not read for long
+_MAIL_AT_ONCE = 256  # events handled before others have their turn
+
+
+@dataclass(frozen=True)
+class BackendLimits:
+    """What the backend takes on.
+
+    Attributes:
+        max_waiting: requests that may wait for their first token; more are refused.
+        max_unread: tokens that a reader may be behind before its request is cancelled.
+        request_seconds: what a worker may spend on a request; the answer's own budgets are shorter.
+        silence_seconds: a worker that says nothing for so long is taken for dead.
+    """
+
+    max_waiting: int = 64
+    max_unread: int = 4096
+    request_seconds: float = 600.0
+    silence_seconds: float = 15.0
+
+
+class ClusterStream:
+    """The tokens of one request, put back in order: the first may come from another worker than the rest."""
+
+    def __init__(self, backend: "ClusterBackend", request: Request, first: str, decode: str | None) -> None:
+        self._backend, self.uid = backend, request.uid
+        self.first, self.decode = first, decode or first
+        self.has_started = self.has_moved = False
+        self.queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
+        self._early: dict[int, Token] = {}
+        self._next = len(request.prompt_ids)
+        self._ended = False
+
+    @property
+    def needs(self) -> set[str]:
+        """The workers without which it cannot go on."""
+        return {self.decode} if self.has_moved else {self.first, self.decode}
+
+    def push(self, token: Token, peer: str) -> bool:
+        """Take a token in; whether the answer is complete."""
+        self.has_started = True
+        self.has_moved = self.has_moved or peer == self.decode
+        self._early[token.position] = token
+        while (ready := self._early.pop(self._next, None)) is not None:
+            self._next += 1
+            self.queue.put_nowait(ready)
+            if ready.finish_reason:
+                return True
+        return False
+
+    def __aiter__(self) -> "ClusterStream":
+        return self
+
+    async def __anext__(self) -> Token:
+        if self._ended:
+            raise StopAsyncIteration
+        item = await self.queue.get()
+        if isinstance(item, Exception):
+            self._ended = True
+            raise item
+        self._ended = item.finish_reason is not None
+        return item
+
+    async def aclose(self) -> None:
+        self._ended = True
+        self._backend.cancel(self.uid)
+
+
+class ClusterBackend:
+    """A cluster behind the gateway's seam.
+
+    Args:
+        endpoint: nobody else may use it; closed by `stop`.
+        directory: asked again and again for who is there.
+    """
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        endpoint: PeerEndpoint,
+        router: Router,
+        directory: DirectorySource,
+        limits: BackendLimits,
+    ) -> None:
+        self._facts, self._endpoint, self._router = facts, endpoint, router
+        self._ask, self._limits = directory, limits
+        self.directory = Directory()
+        self._streams: dict[str, ClusterStream] = {}
+        self._heard: dict[str, Deadline] = {}  # connected worker -> until when it must be heard again
+        self._stopping = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self._facts
+
+    @property
+    def is_ready(self) -> bool:
+        return self._router.is_complete and not self._stopping
+
+    @property
+    def statuses(self) -> dict[str, WorkerStatus]:
+        """What each worker said last."""
+        return self._router.statuses
+
+    def start(self) -> None:
+        """Begins to look for workers; call it in the event loop that requests come from."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._endpoint.fileno(), self._read)
+        self._tasks.append(asyncio.create_task(self._keep_up()))
+
+    async def wait_until_ready(self, seconds: float) -> None:
+        """Until there are workers of both roles.
+
+        Raises:
+            TimeoutError: there were none.
+        """
+        async with asyncio.timeout(seconds):
+            while not self.is_ready:
+                await asyncio.sleep(0.05)
+
+    async def stop(self) -> None:
+        """Requests still open fail as retryable."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail(list(self._streams), Overloaded("the server is shutting down; send the request again"))
+        asyncio.get_running_loop().remove_reader(self._endpoint.fileno())
+        self._endpoint.close()
+
+    async def generate(self, request: Request) -> ClusterStream:
+        if not self.is_ready:
+            raise Overloaded("the model is not running")
+        if self.load().waiting >= self._limits.max_waiting:
+            limit = self._limits.max_waiting
+            raise Overloaded(f"{limit} requests are waiting already; try again a little later")
+        assert request.uid not in self._streams, request.uid
+        try:
+            route = self._router.choose(request)
+        except NoRoute:
+            raise Overloaded("the model is not running") from None
+        stream = ClusterStream(self, request, route.first, route.decode.name if route.decode else None)
+        self._streams[request.uid] = stream
+        budget = Deadline.after(self._limits.request_seconds).left_us()
+        self._send(route.first, pack(Kind.GENERATE, Generate(request, route.decode), budget))
+        if request.uid not in self._streams:  # the worker is gone: whoever reads is told
+            raise ReplicaLost
+        return stream
+
+    def cancel(self, uid: str) -> None:
+        """Drops a request, open or not."""
+        if stream := self._streams.pop(uid, None):
+            for name in stream.needs:
+                self._send(name, pack(Kind.CANCEL, Cancel(uid)))
+
+    def load(self) -> WorkerLoad:
+        started = sum(stream.has_started for stream in self._streams.values())
+        decoding = [status.load for status in self._router.statuses.values() if status.role == "decode"]
+        return WorkerLoad(
+            waiting=len(self._streams) - started,
+            running=started,
+            free_pages=sum(load.free_pages for load in decoding),
+            num_pages=sum(load.num_pages for load in decoding),
+        )
+
+    # What workers say
+
+    def _read(self) -> None:
+        for _ in range(_MAIL_AT_ONCE):
+            try:
+                event = self._endpoint.receive(Deadline.after(0))
+            except DeadlineExceeded:
+                return
+            if isinstance(event, PeerLost):
+                self._lost(event.peer, event.reason)
+            else:
+                self._take(event)
+        asyncio.get_running_loop().call_soon(self._read_unless_stopped)
+
+    def _read_unless_stopped(self) -> None:
+        if not self._stopping:
+            self._read()
+
+    def _take(self, received: Received) -> None:
+        name, message = received.peer.name, received.message
+        self._heard[name] = Deadline.after(self._limits.silence_seconds)
+        try:
+            match message.kind:
+                case Kind.TOKENS:
+                    self._deliver(unpack(list[Token], message), name)
+                case Kind.FAILED:
+                    failed = unpack(Failed, message)
+                    self._fail([failed.uid], _as_error(failed))
+                case Kind.STATUS:
+                    self._router.report(name, unpack(WorkerStatus, message))
+                case _:
+                    raise MalformedMessage(f"kind {message.kind}")
+        except MalformedMessage as error:
+            self._lose(name, f"it sent what it should not: {error}")
+
+    def _deliver(self, tokens: list[Token], peer: str) -> None:
+        for token in tokens:
+            stream = self._streams.get(token.uid)
+            if stream is None:  # cancelled while this was on its way
+                continue
+            if stream.push(token, peer):
+                del self._streams[token.uid]
+            elif stream.queue.qsize() > self._limits.max_unread:
+                self.cancel(token.uid)
+                limit = self._limits.max_unread
+                problem = f"the answer was not read: {limit} tokens were waiting to be sent"
+                stream.queue.put_nowait(Refusal(RefusalKind.SLOW_READER, problem))
+
+    def _fail(self, uids: Iterable[str], error: Exception) -> None:
+        for uid in uids:
+            if stream := self._streams.get(uid):
+                self.cancel(uid)
+                stream.queue.put_nowait(error)
+
+    # Who is there
+
+    async def _keep_up(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(_ASK_SECONDS):
+                    self.directory = await self._ask()
+            except Exception as error:  # the supervisor may be starting anew; the workers go on
+                _log.warning("nobody says who is there: %s", type(error).__name__)
+            self._meet(self.directory.workers)
+            for name in [name for name, deadline in self._heard.items() if deadline.is_over]:
+                self._lose(name, f"it said nothing for {self._limits.silence_seconds} s")
+            self._read()
+            await asyncio.sleep(_DIRECTORY_SECONDS)
+
+    def _meet(self, workers: Iterable[WorkerEntry]) -> None:
+        for entry in workers:
+            name = entry.address.name
+            if name in self._endpoint.peers:
+                continue
+            try:
+                self._endpoint.connect(entry.address, Deadline.after(_CONNECT_SECONDS))
+                self._endpoint.send(name, Message(Kind.WATCH), Deadline.after(_SEND_SECONDS))
+            except TransportError as error:
+                _log.warning("worker %s cannot be reached yet: %s", name, error)
+                continue
+            self._heard[name] = Deadline.after(self._limits.silence_seconds)
+            self._router.join(entry.address, entry.role)
+
+    def _lose(self, name: str, reason: str) -> None:
+        self._endpoint.disconnect(name)
+        self._lost(name, reason)
+
+    def _lost(self, name: str, reason: str) -> None:
+        """A worker is gone, and with it what only it could go on with."""
+        if self._heard.pop(name, None) is None:
+            return
+        _log.warning("worker %s is lost: %s", name, reason)
+        self._router.leave(name)
+        self._fail([uid for uid, stream in self._streams.items() if name in stream.needs], ReplicaLost())
+
+    def _send(self, name: str, message: Message) -> None:
+        try:
+            self._endpoint.send(name, message, Deadline.after(_SEND_SECONDS))
+        except TransportError as error:
+            self._lose(name, str(error))
+
+
+def _as_error(failed: Failed) -> Exception:
+    answers: dict[Literal["replica_lost", "overloaded", "numerical_error"], Exception] = {
+        "replica_lost": ReplicaLost(),
+        "overloaded": Overloaded("the model has no room for this request now; try again a little later"),
+        "numerical_error": Refusal(
+            RefusalKind.NUMERICAL, "the model computed no valid probabilities for this request"
+        ),
+    }
+    if failed.why == "invalid":
+        return RequestError(failed.field, failed.problem)
+    return answers[failed.why]

@@ -1,0 +1,153 @@
+"""Which workers run a request: pages that lie ready, and load, counted in tokens and not in requests alone.
+
+Prefill goes where the least is left to compute: prompts that wait there, and what of this one is not cached.
+Decode goes where the largest share of pages stays free once the request is in, fewer running sequences first
+among equals. A prompt that goes on from an answer (turn two of a chat) lies in the pages of the worker that
+decoded it; if only little is new, that worker runs all of it, and no page moves.
+
+The router knows what workers tell several times a second, and what it has sent since.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from model.inputs import PAGE_SIZE
+from workers.load import WorkerLoad
+from workers.page_pool import pages_for
+from workers.prefix import PrefixHasher
+from workers.sequence import Request
+from workers.transport.protocol import Address
+from workers.wire import Role, WorkerStatus, short_key
+
+# A worker's report covers what was sent to it so long before.
+_REPORT_SECONDS = 0.3
+
+
+class NoRoute(Exception):
+    """There is no worker of a role."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """The worker that starts a request, and the one that goes on after the first token; None for the same."""
+
+    first: str
+    decode: Address | None
+    num_hit: int
+
+
+@dataclass
+class _Known:
+    """A worker as the router sees it."""
+
+    address: Address
+    role: Role
+    status: WorkerStatus
+    keys: set[str] = field(default_factory=set)
+    sent: list[tuple[float, int, int]] = field(default_factory=list)  # when, tokens to compute, pages
+
+    @property
+    def queued_tokens(self) -> int:
+        return self.status.load.queued_tokens + sum(tokens for _, tokens, _ in self.sent)
+
+    @property
+    def used_pages(self) -> int:
+        load = self.status.load
+        return load.num_pages - load.free_pages + sum(pages for _, _, pages in self.sent)
+
+    def num_hit(self, keys: Sequence[str]) -> int:
+        """Tokens of the longest prefix that lies in pages here."""
+        known = next((i for i, key in enumerate(keys) if key not in self.keys), len(keys))
+        return known * PAGE_SIZE
+
+
+class Router:
+    """Knows the workers and chooses among them.
+
+    Args:
+        hasher: names pages as the workers do.
+        local_prefill_tokens: so much of a prompt a decode worker computes itself where it has the rest.
+    """
+
+    def __init__(self, hasher: PrefixHasher, local_prefill_tokens: int) -> None:
+        self._hasher, self._local_prefill_tokens = hasher, local_prefill_tokens
+        self._workers: dict[str, _Known] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are workers of both roles."""
+        return {known.role for known in self._workers.values()} == {"prefill", "decode"}
+
+    @property
+    def statuses(self) -> dict[str, WorkerStatus]:
+        """The newest report of each worker."""
+        return {name: known.status for name, known in self._workers.items()}
+
+    def join(self, address: Address, role: Role) -> None:
+        """A worker can be used from now on."""
+        self._workers[address.name] = _Known(address, role, WorkerStatus(role, WorkerLoad()))
+
+    def leave(self, name: str) -> None:
+        """A worker is gone."""
+        self._workers.pop(name, None)
+
+    def report(self, name: str, status: WorkerStatus) -> None:
+        """Take note of what a worker says of itself."""
+        if (known := self._workers.get(name)) is None:
+            return
+        known.status = status
+        if status.is_full:
+            known.keys = set()
+        known.keys.difference_update(status.keys_removed)
+        known.keys.update(status.keys_added)
+        horizon = time.monotonic() - _REPORT_SECONDS
+        known.sent = [entry for entry in known.sent if entry[0] > horizon]
+
+    def choose(self, request: Request) -> Route:
+        """The workers for a request.
+
+        Raises:
+            NoRoute: somebody is missing.
+        """
+        keys = self._keys_of(request)
+        prompt = len(request.prompt_ids)
+        longest = prompt + request.params.max_tokens
+        decode = self._best_decode(keys, longest)
+        prefill = self._best_prefill(keys, prompt)
+        hit_there, hit_here = decode.num_hit(keys), prefill.num_hit(keys)
+        num_pages = pages_for(longest) - hit_there // PAGE_SIZE
+        if hit_there > hit_here and prompt - hit_there <= self._local_prefill_tokens:
+            decode.sent.append((time.monotonic(), prompt - hit_there, num_pages))
+            return Route(decode.address.name, None, hit_there)
+        prefill.sent.append((time.monotonic(), prompt - hit_here, pages_for(prompt)))
+        decode.sent.append((time.monotonic(), 0, num_pages))
+        return Route(prefill.address.name, decode.address, hit_here)
+
+    def _best_prefill(self, keys: list[str], num_prompt: int) -> _Known:
+        def work(known: _Known) -> tuple[int, int, str]:
+            left = num_prompt - known.num_hit(keys)
+            return known.queued_tokens + left, known.status.load.waiting, known.address.name
+
+        return min(self._of("prefill"), key=work)
+
+    def _best_decode(self, keys: list[str], longest: int) -> _Known:
+        def fill(known: _Known) -> tuple[float, int, str]:
+            load = known.status.load
+            needed = pages_for(longest) - known.num_hit(keys) // PAGE_SIZE
+            share = (known.used_pages + needed) / max(1, load.num_pages)
+            return share + known.queued_tokens * 1e-9, load.running, known.address.name
+
+        return min(self._of("decode"), key=fill)
+
+    def _of(self, role: Role) -> list[_Known]:
+        found = [known for known in self._workers.values() if known.role == role]
+        if not found:
+            raise NoRoute(f"there is no {role} worker")
+        return found
+
+    def _keys_of(self, request: Request) -> list[str]:
+        keys: list[bytes] = []
+        num_full = (len(request.prompt_ids) - 1) // PAGE_SIZE
+        self._hasher.extend(keys, request.tenant, request.prompt_ids, num_full)
+        return [short_key(key) for key in keys]

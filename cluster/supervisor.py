@@ -1,0 +1,144 @@
+"""The one actor that knows the whole: it keeps the expert pool alive and says who is there.
+
+Nothing it knows is lost with it: Ray starts it again, it starts the experts anew under a later epoch, and
+engines, which register again and again, are known within a second.
+"""
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+
+from cluster.config import ClusterConfig
+from cluster.directory import Directory, WorkerEntry
+from cluster.expert_pool import ExpertPool
+from workers.wire import Role
+
+NAME, NAMESPACE = "supervisor", "eightfold"
+
+_FORGET_SECONDS = 5.0  # an engine that has not registered for so long is gone
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What all parts share: `token` lets peers connect, `pages` keys the names of pages."""
+
+    token: bytes = field(repr=False)
+    pages: bytes = field(repr=False)
+
+
+@dataclass
+class _Engine:
+    workers: tuple[WorkerEntry, ...]
+    heard: float
+
+
+class Supervisor:
+    """Starts the experts of a description; engines register here, gateways ask here."""
+
+    def __init__(self, config: ClusterConfig, secrets: Secrets) -> None:
+        logging.basicConfig(level=logging.WARNING)
+        self._secrets = secrets
+        self._lock = threading.Lock()
+        self._engines: dict[str, _Engine] = {}
+        self._pool = _expert_pool(config, secrets) if config.experts.placement == "pool" else None
+
+    def secrets(self) -> Secrets:
+        """For engines that start."""
+        return self._secrets
+
+    def register(self, engine: str, workers: tuple[WorkerEntry, ...], actors: dict[str, Any]) -> None:
+        """An engine says, again and again, which workers it has; `actors` are theirs, by name.
+
+        A worker is known to others only after it has learnt where the experts are.
+        """
+        with self._lock:
+            known = self._engines.get(engine)
+            known_workers = set(known.workers) if known else set()
+        for entry in workers:
+            if self._pool and entry not in known_workers:
+                self._pool.subscribe(entry.address.name, actors[entry.address.name])
+        with self._lock:
+            self._engines[engine] = _Engine(workers, time.monotonic())
+            self._forget_silent()
+
+    def leave(self, engine: str) -> None:
+        """An engine ends."""
+        with self._lock:
+            self._forget(engine)
+
+    def directory(self) -> Directory:
+        """Who is there now."""
+        with self._lock:
+            self._forget_silent()
+            workers = tuple(entry for engine in self._engines.values() for entry in engine.workers)
+        if not self._pool:
+            return Directory(0, workers)
+        return Directory(self._pool.current().epoch, workers, self._pool.entries())
+
+    def statistics(self) -> Directory:
+        """The same with what each expert actor has done; asks every one of them."""
+        if not self._pool:
+            return self.directory()
+        counts = [stats.num_answered for stats in self._pool.stats()]
+        found = self.directory()
+        experts = tuple(
+            replace(entry, num_answered=count) for entry, count in zip(found.experts, counts, strict=True)
+        )
+        return replace(found, experts=experts)
+
+    def _forget_silent(self) -> None:
+        horizon = time.monotonic() - _FORGET_SECONDS
+        for engine in [engine for engine, known in self._engines.items() if known.heard < horizon]:
+            self._forget(engine)
+
+    def _forget(self, engine: str) -> None:
+        known = self._engines.pop(engine, None)
+        if known and self._pool:
+            for entry in known.workers:
+                self._pool.unsubscribe(entry.address.name)
+
+
+def _expert_pool(config: ClusterConfig, secrets: Secrets) -> ExpertPool:
+    experts = config.experts
+    return ExpertPool(
+        config.model.directory,
+        experts.nodes,
+        dtype=config.model.dtype,
+        kernels=config.model.options().kernels,
+        token=secrets.token,
+        first_epoch=int(time.time()),  # later than that of any supervisor before
+        spread=experts.spread,
+        node_labels=experts.node_labels,
+    )
+
+
+def start_supervisor(config: ClusterConfig, secrets: Secrets) -> Any:
+    """The actor's handle; it comes back by itself as long as the process that started it lives."""
+    options = {
+        "name": NAME,
+        "namespace": NAMESPACE,
+        "num_cpus": 0,
+        "max_concurrency": 16,
+        "max_restarts": -1,
+    }
+    return ray.remote(Supervisor).options(**options).remote(config, secrets)
+
+
+def the_supervisor() -> Any:
+    """The actor's handle, from anywhere in the cluster.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return ray.get_actor(NAME, namespace=NAMESPACE)
+
+
+def role_section(config: ClusterConfig, role: Role) -> Any:
+    """The section of a role in a description that has one."""
+    section = config.prefill if role == "prefill" else config.decode
+    assert section, role
+    return section
