@@ -79,7 +79,9 @@ def trace(
     options = options or TraceOptions()
     options.check(model.local.config.n_group)
     request = replace(request, params=replace(request.params, logprobs=TOP_LOGPROBS))
-    context = len(request.prompt_ids) + request.params.max_tokens
+    longest = len(request.prompt_ids) + request.params.max_tokens
+    # What is too long is refused by the engine; no pages are made for it.
+    context = min(longest, model.local.config.max_position_embeddings)
     engine = Engine(model.decoder(), model.local.cache(context), config)
     engine.add(request)
     model.recorder.take()  # what a failed request before this one left
