@@ -1,12 +1,14 @@
 """Which implementation of an operation runs: one config field, chosen once, handed down, never guessed.
 
-Every launcher takes `backend`. `reference` is plain torch and runs on any device; a launcher that cannot
-serve what it is asked for raises `UnsupportedKernel` and never falls back to another implementation.
+Every launcher takes `backend`. `reference` is plain torch and runs on any device. `deterministic` is plain
+torch too, in forms whose bits for a row depend on that row's own sequence alone: not on neighbours in the
+batch, nor on how a prompt was cut, nor on where experts run. A launcher that cannot serve what it is asked
+for raises `UnsupportedKernel` and never falls back to another implementation.
 """
 
 from typing import Literal
 
-Backend = Literal["reference"]
+Backend = Literal["reference", "deterministic"]
 
 
 class UnsupportedKernel(ValueError):
@@ -20,5 +22,15 @@ def require(holds: bool, operation: str, rule: str) -> None:
 
 
 def require_reference(backend: Backend, operation: str) -> None:
-    """For operations that have no kernel of their own yet."""
+    """For operations that have nothing but a reference, one that looks at other rows."""
     require(backend == "reference", operation, f"has no {backend!r} implementation, only 'reference'")
+
+
+def require_torch(backend: Backend, operation: str) -> None:
+    """For operations in plain torch that serve both backends."""
+    served = "'reference' and 'deterministic'"
+    require(
+        backend in ("reference", "deterministic"),
+        operation,
+        f"has no {backend!r} implementation, only {served}",
+    )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import Backend, require, require_reference
+from kernels.backend import Backend, require, require_torch
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4
@@ -30,7 +30,7 @@ def quantize(x: Tensor, group: int, *, backend: Backend) -> tuple[Tensor, Tensor
         values [..., D] e4m3 and scales [..., G] float32, G = ceil(D / group), all powers of two.
     """
     require(group > 0, "quantize", f"group must be positive, not {group}")
-    require_reference(backend, "quantize")
+    require_torch(backend, "quantize")
     return quantize_reference(x, group)
 
 

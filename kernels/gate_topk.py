@@ -9,7 +9,8 @@ Ties go to the lower group and the lower expert. Shapes: T tokens, E experts, G 
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, require, require_reference
+from kernels.backend import Backend, require, require_torch
+from kernels.whole_vectors import in_whole_vectors
 
 
 def gate_topk(
@@ -34,16 +35,17 @@ def gate_topk(
     """
     require(logits.dtype == torch.float32, "gate_topk", f"logits must be float32, not {logits.dtype}")
     require(logits.shape[1] % num_groups == 0, "gate_topk", f"{logits.shape[1]} experts, {num_groups} groups")
-    require_reference(backend, "gate_topk")
+    require_torch(backend, "gate_topk")
+    scores = logits.sigmoid() if backend == "reference" else in_whole_vectors(torch.sigmoid, logits)
     return gate_topk_reference(
-        logits, bias, num_groups=num_groups, topk_group=topk_group, k=k, normalize=normalize, scale=scale
+        scores, bias, num_groups=num_groups, topk_group=topk_group, k=k, normalize=normalize, scale=scale
     )
 
 
 def gate_topk_reference(
-    logits: Tensor, bias: Tensor, *, num_groups: int, topk_group: int, k: int, normalize: bool, scale: float
+    scores: Tensor, bias: Tensor, *, num_groups: int, topk_group: int, k: int, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    scores = logits.sigmoid()
+    """The same of scores [T, E]: from here on no number depends on other rows."""
     choice = (scores + bias).unflatten(1, (num_groups, -1))  # [T, G, E/G]
     group_scores = choice.topk(2, dim=-1).values.sum(-1)
     kept_groups = _first_largest(group_scores, topk_group)

@@ -7,12 +7,12 @@ Shapes: T tokens, D width, I inner width, e experts held here, k experts a token
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import Backend, require, require_reference
+from kernels.backend import Backend, require, require_torch
 from kernels.group_tree import add_in_tree
-from kernels.swiglu import swiglu_reference
+from kernels.linear import linear
+from kernels.swiglu import swiglu
 
 
 def grouped_experts(
@@ -46,11 +46,11 @@ def grouped_experts(
         "grouped_experts",
         f"experts {first_expert} and {gate_up.shape[0]} more are no groups of {group_size}",
     )
-    require_reference(backend, "grouped_experts")
-    return grouped_experts_reference(x, experts, weights, gate_up, down, first_expert, group_size)
+    require_torch(backend, "grouped_experts")
+    return _one_by_one(x, experts, weights, gate_up, down, first_expert, group_size, backend)
 
 
-def grouped_experts_reference(
+def _one_by_one(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
@@ -58,7 +58,9 @@ def grouped_experts_reference(
     down: Tensor,
     first_expert: int,
     group_size: int,
+    backend: Backend,
 ) -> Tensor:
+    """Both backends: what tokens come together can change bits in the two products and in silu alone."""
     num_experts, k = gate_up.shape[0], experts.shape[1]
     groups: list[Tensor | None] = [None] * (num_experts // group_size)  # None: no token came
     local = (experts - first_expert).flatten()
@@ -72,8 +74,9 @@ def grouped_experts_reference(
         rows = order[start : start + count]
         start += count
         tokens = rows // k
-        inner = swiglu_reference(F.linear(x[tokens], gate_up[expert]))
-        result = F.linear(inner, down[expert]).float().mul_(flat_weights[rows].unsqueeze(1))
+        inner = swiglu(linear(x[tokens], gate_up[expert], backend=backend), backend=backend)
+        result = linear(inner, down[expert], backend=backend).float()
+        result.mul_(flat_weights[rows].unsqueeze(1))
         group = expert // group_size
         if (out := groups[group]) is None:
             out = groups[group] = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

@@ -7,7 +7,7 @@ scales (8,192 + 256 bytes at full size). Shapes: P pages, T tokens, D index_head
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, require, require_reference
+from kernels.backend import Backend, require, require_torch
 from kernels.fp8_quant import FP8
 
 
@@ -23,7 +23,7 @@ def write_index_keys_fp8(
     """
     expected = page_size * (keys.shape[-1] + 4)
     require(pages.shape[-1] == expected, "write_index_keys_fp8", f"{pages.shape[-1]} bytes, not {expected}")
-    require_reference(backend, "write_index_keys_fp8")
+    require_torch(backend, "write_index_keys_fp8")
     values, scale_plane = planes(pages, page_size)
     page, offset = slots // page_size, slots % page_size
     values[page, offset] = keys.view(torch.uint8)
@@ -42,7 +42,7 @@ def read_index_keys_fp8(
     Returns:
         keys [N * page_size, D] e4m3 and scales [N * page_size] float32.
     """
-    require_reference(backend, "read_index_keys_fp8")
+    require_torch(backend, "read_index_keys_fp8")
     values, scale_plane = planes(pages[page_ids], page_size)
     keys = values.flatten(0, 1).contiguous().view(FP8)
     return keys, scale_plane.flatten(0, 1).contiguous().view(torch.float32).squeeze(-1)

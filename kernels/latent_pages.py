@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, require, require_reference
+from kernels.backend import Backend, require, require_torch
 from kernels.fp8_quant import FP8, dequantize_reference, quantize_reference
 
 LATENT_GROUP = 128  # channels of the latent that share a scale
@@ -31,7 +31,7 @@ def write_latents_fp8(pages: Tensor, slots: Tensor, c: Tensor, k_pe: Tensor, *, 
     """
     expected = record_bytes(c.shape[-1], k_pe.shape[-1])
     require(pages.shape[-1] == expected, "write_latents_fp8", f"{pages.shape[-1]} bytes, not {expected}")
-    require_reference(backend, "write_latents_fp8")
+    require_torch(backend, "write_latents_fp8")
     pages.view(-1, expected)[slots] = pack_latents_reference(c, k_pe)
 
 
@@ -45,7 +45,7 @@ def read_latents_fp8(pages: Tensor, slots: Tensor, kv_lora_rank: int, *, backend
     Returns:
         [N, C + R] float32: the latent, then k_pe.
     """
-    require_reference(backend, "read_latents_fp8")
+    require_torch(backend, "read_latents_fp8")
     return unpack_latents_reference(pages.view(-1, pages.shape[-1])[slots], kv_lora_rank)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import Backend, require, require_reference
+from kernels.backend import Backend, require, require_torch
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend) -> Tensor:
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend) -> Tens
         [T, D] in x's dtype.
     """
     require(weight.dtype == torch.float32, "rms_norm", f"weight must be float32, not {weight.dtype}")
-    require_reference(backend, "rms_norm")
+    require_torch(backend, "rms_norm")
     return rms_norm_reference(x, weight, eps)
 
 
@@ -40,7 +40,7 @@ def add_rms_norm(
         The normalised sum and the new residual, both [T, D] in residual's dtype.
     """
     require(x.shape == residual.shape, "add_rms_norm", f"x {x.shape} and residual {residual.shape} differ")
-    require_reference(backend, "add_rms_norm")
+    require_torch(backend, "add_rms_norm")
     return add_rms_norm_reference(x, residual, weight, eps)
 
 

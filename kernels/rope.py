@@ -8,7 +8,7 @@ about half of its places, so the layout has no default. Shapes: T tokens, H head
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, require, require_reference
+from kernels.backend import Backend, require, require_torch
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, backend: Backend) -> Tensor:
@@ -23,7 +23,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool, backen
         Same shape and dtype as x, channels in x's own order.
     """
     require(x.shape[-1] == 2 * cos.shape[-1], "apply_rope", f"{x.shape[-1]} channels, {cos.shape[-1]} angles")
-    require_reference(backend, "apply_rope")
+    require_torch(backend, "apply_rope")
     return apply_rope_reference(x, cos, sin, interleaved=interleaved)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import Backend, require, require_reference
+from kernels.backend import Backend, require, require_torch
 
 
 def topk(scores: Tensor, k: int, *, backend: Backend) -> Tensor:
@@ -23,7 +23,7 @@ def topk(scores: Tensor, k: int, *, backend: Backend) -> Tensor:
     """
     require(scores.dtype == torch.float32, "topk", f"scores must be float32, not {scores.dtype}")
     require(k > 0, "topk", f"k must be positive, not {k}")
-    require_reference(backend, "topk")
+    require_torch(backend, "topk")
     return topk_reference(scores, k)
 
 

@@ -8,21 +8,25 @@ give the same numbers up to rounding:
     absorbed, sparse     the indexer's choice is gathered by slot; k and v stay latents
     expanded, masked     k and v are expanded once for many queries; the choice is a mask (short prompts)
 
+With the backend `deterministic` every row runs absorbed over index_topk gathered slots, what it lacks of them
+skipped, so that nothing in its arithmetic depends on who runs beside it.
+
 Shapes: T rows, H heads, N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import Backend
+from kernels.backend import Backend, require
 from kernels.dense_mla import dense_mla
+from kernels.linear import linear, stable
 from kernels.masked_mha import masked_mha
 from kernels.norm import rms_norm
 from kernels.rope import apply_rope
-from kernels.sparse_mla import sparse_mla
+from kernels.sparse_mla import require_stable_queries, sparse_mla
 from model.checkpoint import Weights
 from model.config import ModelConfig
 from model.indexer import Indexer
@@ -54,25 +58,44 @@ class Attention:
     ) -> None:
         self._config, self._mode, self._backend = config, mode, backend
         self._expanded_limit = expanded_limit(config)
+        require(
+            mode == "sparse" or backend == "reference",
+            "attention",
+            f"has no {backend!r} form over everything visible, only over index_topk tokens: use 'sparse'",
+        )
         self.indexer = Indexer(config, weights, f"{prefix}.indexer", backend)
         # Projections that read the same input run as one product.
-        self._from_hidden = torch.cat(
+        from_hidden = torch.cat(
             [
                 weights.take(f"{prefix}.q_a_proj.weight"),
                 weights.take(f"{prefix}.kv_a_proj_with_mqa.weight"),
                 weights.take(f"{prefix}.indexer.wk.weight"),
             ]
         )
-        self._from_q_latent = torch.cat(
+        from_q_latent = torch.cat(
             [weights.take(f"{prefix}.q_b_proj.weight"), weights.take(f"{prefix}.indexer.wq_b.weight")]
         )
+        self._from_hidden = stable(from_hidden, backend=backend)
+        self._from_q_latent = stable(from_q_latent, backend=backend)
         self._q_norm = weights.take(f"{prefix}.q_a_layernorm.weight")
         self._kv_norm = weights.take(f"{prefix}.kv_a_layernorm.weight")
-        self._o_proj = weights.take(f"{prefix}.o_proj.weight")
+        self._o_proj = stable(weights.take(f"{prefix}.o_proj.weight"), backend=backend)
         self._kv_b = weights.take(f"{prefix}.kv_b_proj.weight")
         per_head = self._kv_b.unflatten(0, (config.num_attention_heads, -1))
-        self._w_uk = per_head[:, : config.qk_nope_head_dim].contiguous()  # [H, N, C]
-        self._w_uv = per_head[:, config.qk_nope_head_dim :].transpose(1, 2).contiguous()  # [H, C, V]
+        w_uk = per_head[:, : config.qk_nope_head_dim].contiguous().transpose(1, 2)  # [H, C, N]
+        w_uv = (
+            per_head[:, config.qk_nope_head_dim :].transpose(1, 2).contiguous().transpose(1, 2)
+        )  # [H, V, C]
+        self._w_uk, self._w_uv = stable(w_uk, backend=backend), stable(w_uv, backend=backend)
+        if backend == "deterministic":
+            require_stable_queries(
+                config.num_attention_heads,
+                config.latent_dim,
+                config.index_topk,
+                config.kv_lora_rank,
+                w_uk.dtype,
+                w_uk.device,
+            )
 
     def forward(
         self,
@@ -93,7 +116,7 @@ class Attention:
             [T, D] in x's dtype.
         """
         config = self._config
-        q_latent, c, k_pe, index_k = F.linear(x, self._from_hidden).split(
+        q_latent, c, k_pe, index_k = linear(x, self._from_hidden, backend=self._backend).split(
             [config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim], dim=-1
         )
         q_latent = rms_norm(q_latent, self._q_norm, LATENT_NORM_EPS, backend=self._backend)
@@ -103,7 +126,7 @@ class Attention:
         self.indexer.write_keys(index_k, inputs, angles, pages)
 
         num_q = config.num_attention_heads * config.qk_head_dim
-        q, index_q = F.linear(q_latent, self._from_q_latent).split(
+        q, index_q = linear(q_latent, self._from_q_latent, backend=self._backend).split(
             [num_q, config.index_n_heads * config.index_head_dim], dim=-1
         )
         q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
@@ -113,8 +136,11 @@ class Attention:
         chosen = self._choose(x, index_q, inputs, angles, pages)
         if selected is not None:
             selected.append(self._as_positions(chosen, inputs))
-        heads = self._attend(q_nope, q_pe, chosen, inputs, pages)
-        return F.linear(heads.flatten(1), self._o_proj)
+        if self._backend == "deterministic":
+            heads = self._attend_alike(q_nope, q_pe, chosen, inputs, pages)
+        else:
+            heads = self._attend(q_nope, q_pe, chosen, inputs, pages)
+        return linear(heads.flatten(1), self._o_proj, backend=self._backend)
 
     def _choose(
         self,
@@ -164,12 +190,42 @@ class Attention:
             out[rows_T] = self._absorbed_sparse(q_nope[rows_T], q_pe[rows_T], torch.cat(sparse_slots), pages)
         return out
 
+    def _attend_alike(
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        chosen: list[Tensor | None],
+        inputs: ForwardInputs,
+        pages: LayerPages,
+    ) -> Tensor:
+        """[T, H, V]: every row in one form, over index_topk slots."""
+        config = self._config
+        q = self._absorb(q_nope, q_pe)
+        positions = self._as_positions(chosen, inputs)
+        out = q.new_empty(*q.shape[:2], config.kv_lora_rank)
+        together, slots = [], []
+        for sequence, segment in enumerate(inputs.segments):
+            rows = torch.arange(segment.start, segment.stop, device=q.device)
+            if segment.num_rows > 1 and segment.num_rows * config.index_topk > segment.kv_len:
+                # Rows that share most of what they read: widen it once. It is the same wherever it lies.
+                latents = pages.read_latents(inputs.slots_of(sequence))
+                out[rows] = self._over_slots(q[rows], positions[rows].long(), latents.__getitem__)
+            else:
+                together.append(rows)
+                slots.append(slots_of_positions(positions[rows], inputs.page_table[sequence]))
+        if together:
+            rows = torch.cat(together)
+            out[rows] = self._over_slots(q[rows], torch.cat(slots), pages.read_latents)
+        return self._leave_latent_space(out)
+
     def _expanded(
         self, q_nope: Tensor, q_pe: Tensor, latents: Tensor, visible: Tensor, selection: Tensor | None
     ) -> Tensor:
         config = self._config
         c, k_pe = latents.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        expanded = F.linear(c, self._kv_b).unflatten(-1, (config.num_attention_heads, -1))
+        expanded = linear(c, self._kv_b, backend=self._backend).unflatten(
+            -1, (config.num_attention_heads, -1)
+        )
         k_nope, v = expanded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         k = torch.cat([k_nope, k_pe.unsqueeze(1).expand(-1, config.num_attention_heads, -1)], dim=-1)
         q = torch.cat([q_nope, q_pe], dim=-1)
@@ -182,21 +238,24 @@ class Attention:
         return self._leave_latent_space(out)
 
     def _absorbed_sparse(self, q_nope: Tensor, q_pe: Tensor, slots: Tensor, pages: LayerPages) -> Tensor:
-        config = self._config
         q = self._absorb(q_nope, q_pe)
-        out = sparse_mla(
-            q, pages.read_latents, slots, config.softmax_scale, config.kv_lora_rank, backend=self._backend
+        return self._leave_latent_space(self._over_slots(q, slots, pages.read_latents))
+
+    def _over_slots(self, q: Tensor, slots: Tensor, read_latents: Callable[[Tensor], Tensor]) -> Tensor:
+        """[T, H, C] of absorbed queries [T, H, C + R]."""
+        config = self._config
+        return sparse_mla(
+            q, read_latents, slots, config.softmax_scale, config.kv_lora_rank, backend=self._backend
         )
-        return self._leave_latent_space(out)
 
     def _absorb(self, q_nope: Tensor, q_pe: Tensor) -> Tensor:
         """[T, H, C + R]: queries that can be compared with latents."""
-        q_c = torch.bmm(q_nope.transpose(0, 1), self._w_uk).transpose(0, 1)
+        q_c = linear(q_nope.transpose(0, 1), self._w_uk, backend=self._backend).transpose(0, 1)
         return torch.cat([q_c, q_pe], dim=-1)
 
     def _leave_latent_space(self, out: Tensor) -> Tensor:
         """[T, H, C] to [T, H, V]."""
-        return torch.bmm(out.transpose(0, 1), self._w_uv).transpose(0, 1)
+        return linear(out.transpose(0, 1), self._w_uv, backend=self._backend).transpose(0, 1)
 
     def _as_positions(self, chosen: list[Tensor | None], inputs: ForwardInputs) -> Tensor:
         """[T, index_topk] int32, -1 padded, with "all visible" spelled out; for looking inside.

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend
-from kernels.index_logits import index_logits
+from kernels.index_logits import index_logits, require_stable_scores
+from kernels.linear import linear, stable
 from kernels.rope import apply_rope
 from kernels.topk import topk
 from model.checkpoint import Weights
@@ -40,7 +41,9 @@ class Indexer:
         self._config, self._backend = config, backend
         self._k_norm_weight = weights.take(f"{prefix}.k_norm.weight")
         self._k_norm_bias = weights.take(f"{prefix}.k_norm.bias")
-        self._weights_proj = weights.take(f"{prefix}.weights_proj.weight")
+        self._weights_proj = stable(weights.take(f"{prefix}.weights_proj.weight"), backend=backend)
+        if backend == "deterministic":
+            require_stable_scores(config.index_head_dim, self._weights_proj.device)
 
     def write_keys(
         self, k: Tensor, inputs: ForwardInputs, angles: tuple[Tensor, Tensor], pages: LayerPages
@@ -56,7 +59,7 @@ class Indexer:
         q = q.unflatten(-1, (config.index_n_heads, config.index_head_dim))
         vectors, scales = pages.encode_index(self._rotate(q, angles))
         constant = config.index_n_heads**-0.5 * config.index_head_dim**-0.5
-        weights = F.linear(x.float(), self._weights_proj) * constant
+        weights = linear(x.float(), self._weights_proj, backend=self._backend) * constant
         return IndexQueries(vectors, weights if scales is None else weights * scales)
 
     def select(

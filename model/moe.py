@@ -11,13 +11,13 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Backend
 from kernels.gate_topk import gate_topk
 from kernels.group_tree import add_all, blocks_of
 from kernels.grouped_gemm import grouped_experts
+from kernels.linear import linear, stable
 from kernels.swiglu import swiglu
 from model.checkpoint import Weights
 from model.config import ModelConfig
@@ -59,14 +59,16 @@ class FeedForward:
 
     def __init__(self, weights: Weights, prefix: str, backend: Backend) -> None:
         self._backend = backend
-        self._gate_up = torch.cat(
+        gate_up = torch.cat(
             [weights.take(f"{prefix}.gate_proj.weight"), weights.take(f"{prefix}.up_proj.weight")]
         )
-        self._down = weights.take(f"{prefix}.down_proj.weight")
+        self._gate_up = stable(gate_up, backend=backend)
+        self._down = stable(weights.take(f"{prefix}.down_proj.weight"), backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, D] to [T, D]."""
-        return F.linear(swiglu(F.linear(x, self._gate_up), backend=self._backend), self._down)
+        inner = swiglu(linear(x, self._gate_up, backend=self._backend), backend=self._backend)
+        return linear(inner, self._down, backend=self._backend)
 
 
 class Gate:
@@ -74,14 +76,14 @@ class Gate:
 
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str, backend: Backend) -> None:
         self._config, self._backend = config, backend
-        self._weight = weights.take(f"{prefix}.weight")
+        self._weight = stable(weights.take(f"{prefix}.weight"), backend=backend)
         self._bias = weights.take(f"{prefix}.e_score_correction_bias")
 
     def forward(self, x: Tensor) -> DispatchPlan:
         """Route [T, D]; scores in fp32 whatever x is."""
         config = self._config
         experts, weights = gate_topk(
-            F.linear(x.float(), self._weight),
+            linear(x.float(), self._weight, backend=self._backend),
             self._bias,
             num_groups=config.n_group,
             topk_group=config.topk_group,
@@ -117,6 +119,8 @@ class LocalExperts:
                 ]
             )
             self._down[layer] = torch.stack([weights.take(f"{name}.down_proj.weight") for name in names])
+            stable(self._gate_up[layer][0], backend=backend)
+            stable(self._down[layer][0], backend=backend)
 
     def submit(self, layer: int, x: Tensor, plan: DispatchPlan) -> PendingSum:
         """As `Experts.submit`; `forward` runs when the result is taken."""

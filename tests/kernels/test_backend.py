@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.backend import UnsupportedKernel, require, require_reference
+from kernels.backend import UnsupportedKernel, require, require_reference, require_torch
 
 
 def test_a_broken_rule_names_the_operation() -> None:
@@ -12,11 +12,19 @@ def test_a_broken_rule_names_the_operation() -> None:
 def test_a_kept_rule_is_silent() -> None:
     require(True, "topk", "k must be positive")
     require_reference("reference", "topk")
+    require_torch("reference", "topk")
+    require_torch("deterministic", "topk")
 
 
 def test_another_backend_is_refused_and_never_replaced() -> None:
     with pytest.raises(UnsupportedKernel, match=r"^topk: has no 'triton' implementation, only 'reference'$"):
         require_reference("triton", "topk")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedKernel, match=r"^dense_mla: has no 'deterministic' implementation"):
+        require_reference("deterministic", "dense_mla")
+    with pytest.raises(
+        UnsupportedKernel, match=r"^topk: has no 'triton' implementation, only 'reference' and"
+    ):
+        require_torch("triton", "topk")  # type: ignore[arg-type]
 
 
 def test_refusals_are_value_errors() -> None:
