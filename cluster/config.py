@@ -73,16 +73,19 @@ class ModelSection(_Section):
 class EngineSection(_Section):
     """How the engine runs, and how much it may take on.
 
+    `drafts` is a number or `auto`: as many as pay, by measured acceptance and load.
     `tokens` is the room in pages, all sequences together; None is eight times the model's context. Where
     prefill and decode have engines of their own, their sections say how much room each has.
     """
 
     chunk: Count = 2048
-    drafts: Annotated[int, Field(ge=0, le=MAX_DRAFTS)] = 0
+    drafts: Annotated[int, Field(ge=0, le=MAX_DRAFTS)] | Literal["auto"] = 0
     tokens: Count | None = None
     max_waiting: Count = 64
 
     def config(self) -> EngineConfig:
+        if self.drafts == "auto":
+            return EngineConfig(self.chunk, MAX_DRAFTS, adapt=True)
         return EngineConfig(self.chunk, self.drafts)
 
 

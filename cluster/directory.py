@@ -9,11 +9,12 @@ from workers.wire import Role
 
 @dataclass(frozen=True)
 class WorkerEntry:
-    """An attention worker: its role, its engine (a Serve replica), its node, and where to reach it."""
+    """An attention worker: its role, its engine (a Serve replica), where it runs, and where to reach it."""
 
     role: Role
     engine: str
     node: str
+    pid: int
     address: Address
 
 
@@ -25,6 +26,7 @@ class ExpertEntry:
     first_group: int
     num_groups: int
     node: str
+    pid: int
     num_answered: int = 0
 
 

@@ -13,7 +13,7 @@ from ray import serve
 
 from cluster.config import ClusterConfig, RoleSection
 from cluster.directory import WorkerEntry
-from cluster.ray_runtime import node_of
+from cluster.ray_runtime import place_of
 from cluster.supervisor import Secrets, role_section, the_supervisor
 from model.config import ModelConfig
 from workers.actors import AttentionActor, AttentionActorConfig
@@ -101,8 +101,8 @@ class EngineReplica:
 
     def _entry(self, index: int) -> WorkerEntry:
         actor = self._actors[index]
-        address, node = ray.get([actor.start.remote(), node_of(actor)], timeout=START_SECONDS)
-        return WorkerEntry(self._role, self._name, node, address)
+        address, place = ray.get([actor.start.remote(), place_of(actor)], timeout=START_SECONDS)
+        return WorkerEntry(self._role, self._name, place.node, place.pid, address)
 
     def _start(self, config: AttentionActorConfig) -> Any:
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4}

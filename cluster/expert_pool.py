@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.directory import ExpertEntry
-from cluster.ray_runtime import node_of
+from cluster.ray_runtime import place_of
 from kernels.backend import Backend
 from model.checkpoint import Checkpoint
 from model.decoder import DTypeName
@@ -79,7 +79,7 @@ class ExpertPool:
         self._actors = [self._start(node) for node in range(num_nodes)]
         self._witnesses = [actor.wait_until_stopped.remote() for actor in self._actors]
         try:
-            self._nodes = ray.get([node_of(actor) for actor in self._actors], timeout=START_SECONDS)
+            self._places = ray.get([place_of(actor) for actor in self._actors], timeout=START_SECONDS)
             self._place(
                 ray.get([actor.address.remote() for actor in self._actors], timeout=START_SECONDS),
                 first_epoch,
@@ -113,10 +113,10 @@ class ExpertPool:
 
     def entries(self) -> tuple[ExpertEntry, ...]:
         """Who holds which groups, and where."""
-        nodes = list(self._nodes)
+        places = list(self._places)
         return tuple(
-            ExpertEntry(share.peer, share.groups.start, len(share.groups), node)
-            for share, node in zip(self._placement.shares, nodes, strict=True)
+            ExpertEntry(share.peer, share.groups.start, len(share.groups), place.node, place.pid)
+            for share, place in zip(self._placement.shares, places, strict=True)
         )
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ class ExpertPool:
         ray.kill(self._actors[node])
         actor = self._start(node)
         address: Address = ray.get(actor.address.remote(), timeout=START_SECONDS)
-        self._nodes[node] = ray.get(node_of(actor), timeout=START_SECONDS)
+        self._places[node] = ray.get(place_of(actor), timeout=START_SECONDS)
         self._actors[node], self._witnesses[node] = actor, actor.wait_until_stopped.remote()
         addresses = [share.address for share in self._placement.shares]
         addresses[node] = address

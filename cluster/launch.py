@@ -162,7 +162,9 @@ def _start_parts(config: ClusterConfig, shared: Any, stack: ExitStack, say: Say)
         say(f"starting {config.experts.nodes} expert actors")
     supervisor = start_supervisor(config, shared)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-    stack.callback(serve.shutdown)
+    if config.ray.address != "local":  # a Ray of our own takes Serve with it when it ends
+        for role in ("prefill", "decode"):
+            stack.callback(serve.delete, role)
     targets = []
     for role, section in (("prefill", config.prefill), ("decode", config.decode)):
         say(f"starting {section.engines} {role} engine(s) of {section.attention_actors} attention actor(s)")

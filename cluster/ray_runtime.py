@@ -5,6 +5,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -68,10 +69,18 @@ def joined_ray(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def node_of(actor: Any) -> "ray.ObjectRef[str]":
-    """A short name of the node that an actor runs on."""
-    return actor.__ray_call__.remote(_own_node)  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class Place:
+    """Where an actor runs: a short name of its node, and its process there."""
+
+    node: str
+    pid: int
 
 
-def _own_node(_: object) -> str:
-    return ray.get_runtime_context().get_node_id()[:8]
+def place_of(actor: Any) -> "ray.ObjectRef[Place]":
+    """Ask an actor where it runs."""
+    return actor.__ray_call__.remote(_own_place)  # type: ignore[no-any-return]
+
+
+def _own_place(_: object) -> Place:
+    return Place(ray.get_runtime_context().get_node_id()[:8], os.getpid())

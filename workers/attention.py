@@ -74,12 +74,13 @@ class AttentionWorker:
         self._config, self._engine, self._endpoint, self._dispatch = config, engine, endpoint, dispatch
         lease = Lease(config.digest, config.lease_seconds)
         self._sender = PageSender(engine, cache, endpoint, lease, config.num_layers)
-        self._receiver = PageReceiver(engine, cache, endpoint, lease)
+        self._receiver = PageReceiver(engine, cache, endpoint, lease, config.num_layers)
         self._clients: dict[str, str] = {}  # uid -> who reads its tokens
         self._deadlines: dict[str, Deadline] = {}
         self._watchers: set[str] = set()
         self._next_status = Deadline.after(0)
         self._failures = 0
+        self._is_stuck = False  # requests wait, and only mail or a lease that ends can help them
         self._steps = self._tokens = 0
         engine.pool.watch()
 
@@ -91,12 +92,12 @@ class AttentionWorker:
         """
         while not stop.is_set():
             self._read_mail()
+            if self._next_status.is_over:
+                self._tell_status()  # now, so that it covers whatever came before it
             if not self._engine.is_idle:
                 self._step()
             self._expire()
             self._receiver.grant()
-            if self._next_status.is_over:
-                self._tell_status()
 
     def _step(self) -> None:
         try:
@@ -116,13 +117,14 @@ class AttentionWorker:
                 raise
         else:
             self._failures = 0
-            self._steps += 1
+            self._is_stuck = not tokens and not self._engine.running_uids
+            self._steps += not self._is_stuck
             self._tell_tokens(tokens)
 
     # Mail
 
     def _read_mail(self) -> None:
-        wait = Deadline.after(_POLL_SECONDS if self._engine.is_idle else 0)
+        wait = Deadline.after(_POLL_SECONDS if self._engine.is_idle or self._is_stuck else 0)
         for _ in range(_MAIL_A_STEP):
             try:
                 event = self._endpoint.receive(wait)
@@ -148,14 +150,18 @@ class AttentionWorker:
                     self._sender.granted(peer, unpack(Grant, message))
                 case Kind.ADOPTED:
                     uid = unpack(Adopted, message).uid
-                    self._sender.adopted(uid)
-                    self._forget(uid)
+                    if self._sender.adopted(peer, uid):
+                        self._forget(uid)
                 case Kind.DROP:
                     drop = unpack(Drop, message)
-                    self._lapse(self._sender.dropped(drop))
-                    self._receiver.cancel(drop.uid)
+                    if drop.uid in self._sender:
+                        self._lapse(self._sender.dropped(peer, drop))
+                    else:  # it comes to us, or it has come and runs
+                        self._cancel(drop.uid)
                 case Kind.RESERVE:
-                    self._receiver.reserve(peer, unpack(Reserve, message), received.deadline)
+                    reserve = unpack(Reserve, message)
+                    self._cancel(reserve.request.uid)  # an earlier try of the same request
+                    self._receiver.reserve(peer, reserve, received.deadline)
                 case Kind.PAGES:
                     self._receiver.write(peer, message)
                 case Kind.HAND_OVER:
@@ -170,6 +176,7 @@ class AttentionWorker:
 
     def _generate(self, client: str, order: Generate, deadline: Deadline) -> None:
         uid = order.request.uid
+        self._cancel(uid)  # an earlier try of the same request
         try:
             self._engine.add(order.request, hand_over=order.decode is not None)
         except RequestError as error:
@@ -204,8 +211,7 @@ class AttentionWorker:
     def _expire(self) -> None:
         self._receiver.expire()
         self._lapse(self._sender.expire())
-        for uid in [uid for uid, deadline in self._deadlines.items() if deadline.is_over]:
-            self._cancel(uid)
+        self._fail([uid for uid, deadline in self._deadlines.items() if deadline.is_over], "timeout")
 
     # Reports
 
@@ -281,4 +287,6 @@ class AttentionWorker:
             dispatched=dispatch.tokens,
             copies=dispatch.copies,
             most_nodes=dispatch.most_nodes,
+            sent_pages=self._sender.num_pages,
+            stray=self._receiver.num_stray,
         )

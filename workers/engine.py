@@ -9,6 +9,7 @@ it. What lies between is `handoff.py`.
 """
 
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from workers.page_pool import PagePool
 from workers.prefix import PrefixHasher
 from workers.schedule import Batch, Share, schedule
 from workers.sequence import Request, Sequence, Token
-from workers.speculate import MAX_DRAFTS, Acceptance, DraftShare, draft
+from workers.speculate import MAX_DRAFTS, Acceptance, DraftPolicy, DraftShare, draft
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ class EngineConfig:
     """How an engine runs.
 
     `chunk` is how many rows a step has at most (decode rows excepted); `num_drafts` how many tokens the MTP
-    module guesses ahead.
+    module guesses ahead, at most where they `adapt` to what they cost and are worth.
     """
 
     chunk: int = 2048
     num_drafts: int = 0
+    adapt: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
@@ -100,13 +102,10 @@ class Engine:
         self._running: dict[str, Sequence] = {}
         self._parked: dict[str, Sequence] = {}  # have pages and do not run: reserved, or to be handed over
         self.acceptance = Acceptance()
+        self._policy = DraftPolicy(config.num_drafts) if config.adapt else None
+        self.num_drafts = config.num_drafts  # of the last step
         self.num_prompt_tokens = self.num_hit_tokens = 0  # of prompts that started; found in cached pages
         self._eos_ids = frozenset({model.config.eos_token_id})
-
-    @property
-    def num_drafts(self) -> int:
-        """Drafts made at most in the next step."""
-        return self._config.num_drafts
 
     @property
     def running_uids(self) -> list[str]:
@@ -193,8 +192,21 @@ class Engine:
         batch = schedule(self._running.values(), self._config.chunk)
         if not batch.shares:
             return []
+        started = time.perf_counter()
+        verified, self.num_drafts = self.num_drafts, self._choose_drafts(batch)
+        is_decode = batch.is_decode
         hidden, drawn = self._run(batch, on_layer)
-        return self._commit(batch, hidden, drawn)
+        tokens = self._commit(batch, hidden, drawn)
+        if self._policy and verified == self.num_drafts and is_decode:
+            self._policy.pay(len(batch.shares), verified, time.perf_counter() - started)
+        return tokens
+
+    def _choose_drafts(self, batch: Batch) -> int:
+        """Drafts that each sequence makes at the end of this step."""
+        num_decoding = sum(share.sequence.phase == "decode" for share in batch.shares)
+        if self._policy and num_decoding:
+            return self._policy.choose(num_decoding)
+        return self._config.num_drafts
 
     def _check(self, request: Request) -> None:
         """Refuse what can never run here."""
@@ -285,7 +297,7 @@ class Engine:
                 self.cancel(sequence.request.uid)
             elif self._config.num_drafts:
                 is_drafted = is_last_chunk and not sequence.hands_over
-                num_drafts = min(self._config.num_drafts, sequence.room - 1) if is_drafted else 0
+                num_drafts = min(self.num_drafts, sequence.room - 1) if is_drafted else 0
                 to_draft.append(DraftShare(sequence, start, hidden[row : row + valid], num_drafts))
             if is_last_chunk and sequence.hands_over and sequence.request.uid in self._running:
                 self._parked[sequence.request.uid] = self._running.pop(sequence.request.uid)
@@ -299,6 +311,8 @@ class Engine:
         token_ids = drawn.tokens[own]
         accepted = num_accepted(share.drafts, token_ids)
         self.acceptance.count(len(share.drafts), accepted)
+        if self._policy:
+            self._policy.judge(len(share.drafts), accepted)
         out = []
         for token_id, logprobs in zip(
             token_ids[: accepted + 1], drawn.logprobs[own][: accepted + 1], strict=True

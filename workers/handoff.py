@@ -16,6 +16,7 @@ PAGES: header: sequence = lease, layer, step = number of the first page within t
 """
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +30,7 @@ from workers.page_pool import pages_for
 from workers.schedule import Batch
 from workers.sequence import Request, Sequence, Token
 from workers.transport.message import MalformedMessage, Message, TransportError
-from workers.transport.protocol import Address, Deadline, Endpoint, Peer
+from workers.transport.protocol import Address, Deadline, DeadlineExceeded, Endpoint, Peer
 from workers.wire import Adopted, Drop, Grant, HandOver, Kind, Reserve, Why, pack
 
 _log = logging.getLogger(__name__)
@@ -90,10 +91,10 @@ class PageSender:
         self._engine, self._cache, self._endpoint = engine, cache, endpoint
         self._lease, self._num_layers = lease, num_layers
         self._handoffs: dict[str, Handoff] = {}
-        self.num_pages = 0
+        self.num_pages = 0  # sent, each layer's counted
 
-    def __len__(self) -> int:
-        return len(self._handoffs)
+    def __contains__(self, uid: str) -> bool:
+        return uid in self._handoffs
 
     def add(self, request: Request, client: str, target: Address, deadline: Deadline) -> None:
         """Remember where a request goes; pages are asked for when it starts to run."""
@@ -131,18 +132,21 @@ class PageSender:
             del self._handoffs[token.uid]
             return
         handoff.first = token
-        handoff.has_moved()
-        if handoff.lease is not None:
+        if handoff.lease is not None and not handoff.expiry.is_over:
+            handoff.has_moved()
             self._complete(handoff)
 
-    def adopted(self, uid: str) -> None:
+    def adopted(self, peer: Peer, uid: str) -> bool:
         """The other side has everything: our copy is worth no more than any cached page."""
-        if self._handoffs.pop(uid, None):
-            self._engine.cancel(uid)
+        if not self._goes_to(peer, uid):
+            return False
+        del self._handoffs[uid]
+        self._engine.cancel(uid)
+        return True
 
-    def dropped(self, drop: Drop) -> list[Lapse]:
+    def dropped(self, peer: Peer, drop: Drop) -> list[Lapse]:
         """The other side gives up."""
-        return [self._give_up(drop.uid, drop.why)] if drop.uid in self._handoffs else []
+        return [self._give_up(drop.uid, drop.why)] if self._goes_to(peer, drop.uid) else []
 
     def lost(self, peer: str) -> list[Lapse]:
         """A decode worker is gone, and with it the pages it had reserved."""
@@ -153,15 +157,22 @@ class PageSender:
 
     def expire(self) -> list[Lapse]:
         """Leases that are over."""
-        over = [uid for uid, handoff in self._handoffs.items() if handoff.expiry.is_over]
-        for uid in over:
-            self._tell_off(self._handoffs[uid], "replica_lost")
-        return [self._give_up(uid, "replica_lost") for uid in over]
+        over = [handoff for handoff in self._handoffs.values() if handoff.expiry.is_over]
+        lapses = []
+        for handoff in over:
+            why = _why_over(handoff.deadline)
+            self._tell_off(handoff, why)
+            lapses.append(self._give_up(handoff.request.uid, why))
+        return lapses
 
     def cancel(self, uid: str) -> None:
         """Forget a request, and tell the other side."""
         if handoff := self._handoffs.pop(uid, None):
             self._tell_off(handoff, "replica_lost")
+
+    def _goes_to(self, peer: Peer, uid: str) -> bool:
+        """Whether a request is being handed over to this peer; what others say of it is old."""
+        return uid in self._handoffs and self._handoffs[uid].target.name == peer.name
 
     def _give_up(self, uid: str, why: Why) -> Lapse:
         del self._handoffs[uid]
@@ -177,14 +188,14 @@ class PageSender:
             _log.warning("cannot hand over to %s: %s", handoff.target.name, error)
             handoff.expiry = Deadline.after(0)
             return
-        self._send(handoff, pack(Kind.RESERVE, body, handoff.deadline.left_us()))
+        self._send(handoff, pack(Kind.RESERVE, body, _budget_us(handoff.deadline)))
 
     def granted(self, peer: Peer, grant: Grant) -> None:
         """Pages are reserved: push what is computed."""
-        handoff = self._handoffs.get(grant.uid)
-        if handoff is None:  # cancelled meanwhile
+        if not self._goes_to(peer, grant.uid):  # cancelled meanwhile
             self._post(peer.name, pack(Kind.DROP, Drop(grant.uid, "replica_lost")))
             return
+        handoff = self._handoffs[grant.uid]
         handoff.lease = grant.lease
         handoff.sent = [grant.first_page] * self._num_layers
         handoff.has_moved()
@@ -201,8 +212,7 @@ class PageSender:
             self._push(handoff, sequence, layer, pages_for(sequence.num_prompt))
         if handoff.expiry.is_over:
             return
-        body = HandOver(handoff.request.uid, handoff.lease, handoff.first, self._num_layers)
-        self._send(handoff, pack(Kind.HAND_OVER, body))
+        self._send(handoff, pack(Kind.HAND_OVER, HandOver(handoff.request.uid, handoff.lease, handoff.first)))
 
     def _push(self, handoff: Handoff, sequence: Sequence, layer: int, stop: int) -> None:
         """Send the pages of a layer up to the number `stop` that have not been sent."""
@@ -227,6 +237,15 @@ class PageSender:
         except TransportError as error:
             _log.warning("handing over to %s: %s", handoff.target.name, error)
             handoff.expiry = Deadline.after(0)
+            if isinstance(error, DeadlineExceeded) and not handoff.deadline.is_over:
+                self._part_from(handoff.target.name)
+
+    def _part_from(self, target: str) -> None:
+        """Give up a decode worker that does not read: we cannot wait for it once for every sequence."""
+        self._endpoint.disconnect(target)
+        for handoff in self._handoffs.values():
+            if handoff.target.name == target and handoff.sent:
+                handoff.expiry = Deadline.after(0)
 
     def _tell_off(self, handoff: Handoff, why: Why) -> None:
         if handoff.sent:
@@ -246,50 +265,49 @@ class Arrival:
     reserve: Reserve
     peer: str
     deadline: Deadline
-    keys: list[bytes]
     lease: int
     expiry: Deadline
+    keys: list[bytes] | None = None
     sequence: Sequence | None = None
     arrived: list[int] = field(default_factory=list)
 
 
 class PageReceiver:
-    """The decode side: reserves pages, writes what comes into them, and adopts complete sequences."""
+    """The decode side: reserves pages, writes what comes into them, and adopts complete sequences.
 
-    def __init__(self, engine: Engine, cache: PageCache, endpoint: Endpoint, lease: Lease) -> None:
-        self._engine, self._cache, self._endpoint, self._lease = engine, cache, endpoint, lease
+    Args:
+        num_layers: whose pages must have come before a sequence can go on: all that the engine fills.
+    """
+
+    def __init__(
+        self, engine: Engine, cache: PageCache, endpoint: Endpoint, lease: Lease, num_layers: int
+    ) -> None:
+        self._engine, self._cache, self._endpoint = engine, cache, endpoint
+        self._lease, self._num_layers = lease, num_layers
         self._arrivals: dict[int, Arrival] = {}  # by lease, in order of arrival
         self._num_leases = 0
-        self.num_stray = 0  # pages under a lease that is over: dropped
-
-    def __len__(self) -> int:
-        return len(self._arrivals)
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that wait for pages."""
-        return sum(arrival.sequence is None for arrival in self._arrivals.values())
+        self.num_stray = 0  # messages with pages under a lease that is over: dropped
 
     def grant(self) -> None:
         """Reserve pages for those that wait, in order, as far as there is room."""
-        for arrival in list(self._arrivals.values()):
-            if arrival.sequence is not None:
-                continue
+        for arrival in [arrival for arrival in self._arrivals.values() if arrival.sequence is None]:
+            request = arrival.reserve.request
             try:
-                sequence = self._engine.reserve(arrival.reserve.request, arrival.keys)
+                sequence = self._engine.reserve(request, arrival.keys)
             except RequestError as error:
                 _log.warning("%s asked for what cannot run here: %s", arrival.peer, error)
                 self._drop(arrival.lease)
-                self._reply(arrival, pack(Kind.DROP, Drop(arrival.reserve.request.uid, "overloaded")))
+                self._reply(arrival, pack(Kind.DROP, Drop(request.uid, "overloaded")))
                 continue
-            if sequence is Wait.FOR_ROOM:
-                break
             if isinstance(sequence, Sequence):
                 arrival.sequence = sequence
                 arrival.arrived = [sequence.num_shared] * len(self._cache.layers)
                 self._renew(arrival)
-                uid = arrival.reserve.request.uid
-                self._reply(arrival, pack(Kind.GRANT, Grant(uid, arrival.lease, sequence.num_shared)))
+                self._reply(arrival, pack(Kind.GRANT, Grant(request.uid, arrival.lease, sequence.num_shared)))
+                continue
+            arrival.keys = arrival.keys or self._engine.keys_of(request)  # it will be asked again and again
+            if sequence is Wait.FOR_ROOM:
+                break
 
     def lost(self, peer: str) -> None:
         """A prefill worker is gone: what it had not handed over will never be complete."""
@@ -300,7 +318,8 @@ class PageReceiver:
         """Leases that are over."""
         for lease in [lease for lease, arrival in self._arrivals.items() if arrival.expiry.is_over]:
             arrival = self._drop(lease)
-            self._reply(arrival, pack(Kind.DROP, Drop(arrival.reserve.request.uid, "replica_lost")))
+            why = _why_over(arrival.deadline)
+            self._reply(arrival, pack(Kind.DROP, Drop(arrival.reserve.request.uid, why)))
 
     def cancel(self, uid: str) -> None:
         """Forget a request that has not been handed over."""
@@ -312,8 +331,7 @@ class PageReceiver:
     def reserve(self, peer: Peer, reserve: Reserve, deadline: Deadline) -> None:
         """Take pages, or note who waits for them. `deadline` is the request's."""
         self._num_leases += 1
-        keys = self._engine.keys_of(reserve.request)
-        arrival = Arrival(reserve, peer.name, deadline, keys, self._num_leases, expiry=deadline)
+        arrival = Arrival(reserve, peer.name, deadline, self._num_leases, expiry=deadline)
         if reserve.digest != self._lease.digest:
             self._reply(arrival, pack(Kind.DROP, Drop(reserve.request.uid, "replica_lost")))
             return
@@ -355,17 +373,20 @@ class PageReceiver:
         """Go on with a sequence from here; None if its lease is over.
 
         Raises:
-            MalformedMessage: pages are missing.
+            MalformedMessage: pages are missing, or the first token is not that of this request.
         """
         arrival = self._arrivals.get(handed.lease)
         if arrival is None or arrival.sequence is None or arrival.peer != peer.name:
             return None  # the source was told
-        expected = pages_for(arrival.sequence.num_prompt)
-        if any(count != expected for count in arrival.arrived[: handed.num_layers]):
+        uid, num_prompt, first = arrival.reserve.request.uid, arrival.sequence.num_prompt, handed.first
+        if (handed.uid, first.uid, first.position, first.finish_reason) != (uid, uid, num_prompt, None):
+            raise MalformedMessage(f"{first} is not the first token of {uid}")
+        expected = pages_for(num_prompt)
+        if any(count != expected for count in arrival.arrived[: self._num_layers]):
             raise MalformedMessage(f"{arrival.arrived} pages came of {expected} a layer")
         del self._arrivals[handed.lease]
-        self._engine.adopt(handed.uid, handed.first)
-        self._reply(arrival, pack(Kind.ADOPTED, Adopted(handed.uid)))
+        self._engine.adopt(uid, first)
+        self._reply(arrival, pack(Kind.ADOPTED, Adopted(uid)))
         return arrival
 
     def _drop(self, lease: int) -> Arrival:
@@ -381,6 +402,16 @@ class PageReceiver:
             self._endpoint.send(arrival.peer, message, Deadline.after(self._lease.seconds))
         except TransportError as error:
             _log.warning("%s did not hear from us: %s", arrival.peer, error)
+
+
+def _budget_us(deadline: Deadline) -> int:
+    """A deadline as a header carries it: 0 is no deadline at all, so one that is over still has a moment."""
+    return max(1, deadline.left_us()) if math.isfinite(deadline.at) else 0
+
+
+def _why_over(deadline: Deadline) -> Why:
+    """Why a lease is over: the request's own time, or somebody who does not go on."""
+    return "timeout" if deadline.is_over else "replica_lost"
 
 
 def _sooner(one: Deadline, other: Deadline) -> Deadline:

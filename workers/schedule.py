@@ -39,6 +39,11 @@ class Batch:
     def num_rows(self) -> int:
         return sum(share.num_rows for share in self.shares)
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether no prompt is in it; after the step that has changed."""
+        return all(share.sequence.phase == "decode" for share in self.shares)
+
 
 def schedule(running: Iterable[Sequence], max_rows: int) -> Batch:
     """Decode first, then chunks of prompts in order of arrival, within `max_rows` rows in all.

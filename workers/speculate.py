@@ -17,6 +17,10 @@ from workers.sequence import Sequence
 
 MAX_DRAFTS = 3  # one MTP module fed back on itself: acceptance decays fast after the first draft
 
+_DECAY = 0.05  # weight of the newest measurement
+_RUN_STEPS = 8
+_EXPLORE_RUNS = 16
+
 
 @dataclass
 class Acceptance:
@@ -35,6 +39,62 @@ class Acceptance:
         """Share accepted of those judged, for each place that was tried."""
         pairs = zip(self.accepted, self.drafted, strict=True)
         return [accepted / drafted for accepted, drafted in pairs if drafted]
+
+
+class DraftPolicy:
+    """How many drafts pay, learnt while running: they cost rows, and are worth what the model accepts.
+
+    A step of S sequences with d drafts yields S (1 + a1 + a1 a2 + ..) tokens, a being acceptance by place. What
+    it takes depends on the machine and on S, so it is measured, for S in powers of two. A choice is kept for
+    some steps: drafts made in one step are verified in the next, so only a run of them shows their price.
+
+    Args:
+        most: drafts at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._accepted = [1.0] * most  # decayed means; hopeful, so that every place is tried
+        self._prices: dict[int, dict[int, float]] = {}  # load -> drafts -> seconds of a step
+        self._current, self._load, self._left, self._runs = most, 0, 0, 0
+
+    def choose(self, num_sequences: int) -> int:
+        """Drafts for each of so many sequences."""
+        load = num_sequences.bit_length()
+        if load != self._load or not self._left:
+            self._load, self._left = load, _RUN_STEPS
+            self._current = self._best(self._prices.setdefault(load, {}))
+        self._left -= 1
+        return self._current
+
+    def judge(self, num_drafts: int, num_accepted: int) -> None:
+        """Learn from a verified sequence."""
+        for place in range(min(num_drafts, num_accepted + 1)):
+            self._accepted[place] += _DECAY * ((place < num_accepted) - self._accepted[place])
+
+    def pay(self, num_sequences: int, num_drafts: int, seconds: float) -> None:
+        """Learn from a step in which every sequence verified and made so many drafts."""
+        prices = self._prices.setdefault(num_sequences.bit_length(), {})
+        old = prices.get(num_drafts, seconds)
+        prices[num_drafts] = old + _DECAY * (seconds - old)
+
+    def _best(self, prices: dict[int, float]) -> int:
+        untried = [d for d in range(self.most, -1, -1) if d not in prices]
+        if untried:
+            return untried[0]
+        self._runs += 1
+        best = max(prices, key=lambda d: self._worth(d) / prices[d])
+        if self._runs % _EXPLORE_RUNS:
+            return best
+        # A neighbour of the best: acceptance and price drift with what is being generated.
+        return min(max(best + (1 if self._runs // _EXPLORE_RUNS % 2 else -1), 0), self.most)
+
+    def _worth(self, num_drafts: int) -> float:
+        worth = reach = 1.0
+        for rate in self._accepted[:num_drafts]:
+            reach *= rate
+            worth += reach
+        return worth
 
 
 @dataclass(frozen=True)

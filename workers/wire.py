@@ -19,6 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from model.errors import RequestError
 from workers.load import WorkerLoad
 from workers.sequence import Request, Token
 from workers.transport.message import MalformedMessage, Message
@@ -61,7 +62,7 @@ class Cancel:
     uid: str
 
 
-Why = Literal["replica_lost", "overloaded", "numerical_error", "invalid"]
+Why = Literal["replica_lost", "overloaded", "timeout", "numerical_error", "invalid"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class WorkerStatus:
         is_full: `keys_added` is everything there is; forget what was said before.
         drafted, accepted: drafts judged and accepted since the start, by position.
         most_nodes: expert nodes that one token was sent to at most.
+        sent_pages: pages of single layers that were handed over.
+        stray: messages with pages that came after their lease was over, and were dropped.
     """
 
     role: Role
@@ -101,6 +104,8 @@ class WorkerStatus:
     dispatched: int = 0
     copies: int = 0
     most_nodes: int = 0
+    sent_pages: int = 0
+    stray: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,12 +128,11 @@ class Grant:
 
 @dataclass(frozen=True)
 class HandOver:
-    """All pages of the first `num_layers` layers were sent, and this is the first token: go on from here."""
+    """All pages of the prompt were sent, and this is its first token: go on from here."""
 
     uid: str
     lease: int
     first: Token
-    num_layers: int
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def unpack(kind: type[T], message: Message) -> T:
     """
     try:
         value: T = _adapter(cast(Hashable, kind)).validate_json(_bytes(message.tensors[0]))
-    except (ValidationError, ValueError, IndexError, TypeError) as error:
+    except (RequestError, ValidationError, ValueError, IndexError, TypeError) as error:
         raise MalformedMessage(f"no {kind} in a message of kind {message.kind}") from error
     return value
 

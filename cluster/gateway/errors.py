@@ -34,6 +34,7 @@ class Kind(Enum):
         return self.value
 
     INVALID_JSON = Row(400, "invalid_request_error", "invalid_json", "INVALID_ARGUMENT")
+    INVALID_PROTOBUF = Row(400, "invalid_request_error", "invalid_protobuf", "INVALID_ARGUMENT")
     INVALID_TYPE = Row(400, "invalid_request_error", "invalid_type", "INVALID_ARGUMENT")
     INVALID_VALUE = Row(400, "invalid_request_error", "invalid_value", "INVALID_ARGUMENT")
     UNSUPPORTED = Row(400, "invalid_request_error", "unsupported_parameter", "INVALID_ARGUMENT")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection, reflection_pb2
@@ -54,7 +55,7 @@ class GrpcServer:
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self._server = grpc.aio.server(
-            interceptors=[KeyInterceptor(keys)],
+            interceptors=[KeyInterceptor(keys), ParseInterceptor()],
             options=[
                 ("grpc.max_receive_message_length", limits.message_bytes),
                 ("grpc.max_metadata_size", limits.metadata_bytes),
@@ -104,6 +105,33 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if allowed or tenant_of(self._keys, handler_call_details.invocation_metadata) is not None:
             return await continuation(handler_call_details)
         return grpc.stream_stream_rpc_method_handler(_refuse_key)
+
+
+class ParseInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses messages that are no protobuf, for which the library blames the server and fills its log."""
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        behaviour = handler.unary_stream or handler.unary_unary
+
+        def parse(data: bytes) -> Any:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError as error:
+                return error
+
+        async def checked(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            if isinstance(request, DecodeError):
+                refusal = Refusal(Kind.INVALID_PROTOBUF, "the message is no protobuf of the method's type")
+                await abort(context, refusal, _new_id())
+            return await behaviour(request, context)
+
+        which = "unary_stream" if handler.response_streaming else "unary_unary"
+        return handler._replace(**{"request_deserializer": parse, which: checked})
 
 
 async def _refuse_key(requests: Any, context: grpc.aio.ServicerContext) -> None:

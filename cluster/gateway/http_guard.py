@@ -82,7 +82,7 @@ class Exchange:
     """One request and its response: adds the ids to the head, and gives up on clients that do not read."""
 
     def __init__(self, scope: Scope, send: Send, send_seconds: float) -> None:
-        self.request_id = f"req_{secrets.token_hex(12)}"
+        self.request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = self.request_id
         self._send, self._send_seconds = send, send_seconds
         self._has_begun = False
@@ -160,6 +160,10 @@ async def _discard(message: dict[str, Any], receive: Receive) -> None:
             while message.get("more_body") and left > 0:
                 message = dict(await receive())
                 left -= len(message.get("body", b""))
+
+
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
 
 
 class WrongMethod(Refusal):

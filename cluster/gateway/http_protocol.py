@@ -10,7 +10,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cluster.gateway.errors import Kind, Overloaded, Refusal
-from cluster.gateway.http_guard import HttpLimits
+from cluster.gateway.http_guard import HttpLimits, new_request_id
 
 
 def protocol_class(limits: HttpLimits) -> type[asyncio.Protocol]:
@@ -81,6 +81,7 @@ class GuardedProtocol(H11Protocol):
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
+            (b"x-request-id", new_request_id().encode()),
         ]
         if refusal.retry_after is not None:
             headers.append((b"retry-after", str(max(1, round(refusal.retry_after))).encode()))

@@ -206,7 +206,7 @@ def _common_fields(gateway: Gateway) -> Json:
         "seed": _integer(-(2**63), 2**64 - 1),
         "stop": {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": MAX_STOPS}, {"type": "null"}]},
         "stop_token_ids": _maybe({"type": "array", "items": token_id, "maxItems": MAX_STOP_TOKEN_IDS}),
-        "stream": _maybe({"type": "boolean"}),
+        "stream": _maybe({"type": "boolean"}) | {"examples": [True]},
         "stream_options": _maybe(
             {"type": "object", "properties": {"include_usage": _maybe({"type": "boolean"})}}
         ),
@@ -225,8 +225,14 @@ def _chat_fields() -> Json:
                 "additionalProperties": {"type": "null"},
             }
         ),
-        "logprobs": _maybe({"type": "boolean"}),
-        "messages": {"type": "array", "items": _ref("Message"), "minItems": 1, "maxItems": MAX_MESSAGES},
+        "logprobs": _maybe({"type": "boolean"}) | {"examples": [True]},
+        "messages": {
+            "type": "array",
+            "items": _ref("Message"),
+            "minItems": 1,
+            "maxItems": MAX_MESSAGES,
+            "examples": [[{"role": "user", "content": 'What does "harbor" mean?'}]],
+        },
         "parallel_tool_calls": {"enum": [True, None]},
         "response_format": {"anyOf": [_typed("text"), _schema_format(), {"type": "null"}]},
         "thinking": _maybe(_object({"type": {"enum": ["enabled", "disabled"]}}, is_open=True)),

@@ -19,7 +19,7 @@ from workers.sequence import Request
 from workers.transport.config import EndpointConfig
 from workers.transport.endpoint import PeerEndpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]  # Ray warns of much
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # Ray warns of much
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,15 @@
 """Drafts change the speed and never the answer; acceptance is what the oracle says."""
 
+import random
+from collections import Counter
+
 import pytest
 
 from model.sampling_params import SamplingParams
 from workers.engine import EngineConfig
 from workers.local import LocalModel
 from workers.sequence import Request
-from workers.speculate import Acceptance
+from workers.speculate import Acceptance, DraftPolicy
 
 PROMPTS = ["chat", "code", "lookup_300", "lookup_1000", "lookup_3000", "lookup_6000"]
 
@@ -87,3 +90,46 @@ def test_a_draft_is_judged_only_if_all_before_it_were_accepted() -> None:
     assert acceptance.drafted == [4, 2, 1]
     assert acceptance.accepted == [3, 1, 1]
     assert acceptance.rates() == [0.75, 0.5, 1.0]
+
+
+def settle(policy: DraftPolicy, num_sequences: int, price, rates: list[float], num_steps: int = 800) -> int:
+    """The choice most often made in the last steps, where a step with d drafts takes `price(d)` seconds."""
+    chance = random.Random(5)
+    made = []
+    for _ in range(num_steps):
+        drafts = policy.choose(num_sequences)
+        accepted = 0
+        while accepted < drafts and chance.random() < rates[accepted]:
+            accepted += 1
+        policy.judge(drafts, accepted)
+        policy.pay(num_sequences, drafts, price(drafts))
+        made.append(drafts)
+    return Counter(made[num_steps // 2 :]).most_common(1)[0][0]
+
+
+def test_drafts_are_made_as_far_as_they_pay() -> None:
+    cheap, dear = (lambda d: 1 + 0.01 * d), (lambda d: 1 + d)
+    assert settle(DraftPolicy(3), 1, cheap, [0.9, 0.8, 0.8]) == 3
+    assert settle(DraftPolicy(3), 1, cheap, [0.9, 0.0, 0.0]) == 1
+    assert settle(DraftPolicy(3), 1, dear, [0.9, 0.8, 0.8]) == 0
+    assert settle(DraftPolicy(2), 1, cheap, [0.9, 0.8]) == 2
+
+
+def test_the_choice_follows_the_load_and_comes_back() -> None:
+    policy = DraftPolicy(3)
+    assert settle(policy, 1, lambda d: 1 + 0.01 * d, [0.9, 0.9, 0.9]) == 3
+    assert settle(policy, 64, lambda d: 1 + d, [0.9, 0.9, 0.9]) == 0
+    assert policy.choose(1) == 3  # what was learnt for one sequence is still known
+
+
+def test_adapting_does_not_change_the_answer(demo: LocalModel, oracle) -> None:
+    engine = demo.engine(EngineConfig(num_drafts=3, adapt=True), 2048)
+    params = SamplingParams(max_tokens=120, temperature=0.8, seed=3, ignore_eos=True)
+    plain, _, _ = answer(demo, oracle["code"].prompt_ids, 0, params)
+    engine.add(Request("r", oracle["code"].prompt_ids, params))
+    tokens, used = [], set()
+    while not engine.is_idle:
+        tokens += [token.token_id for token in engine.step()]
+        used.add(engine.num_drafts)
+    assert tokens == plain
+    assert len(used) > 1

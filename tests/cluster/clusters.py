@@ -1,0 +1,108 @@
+"""A cluster of the test's own: Ray, supervisor, experts, engines, and the gateway in a thread of this process."""
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from cluster.commands.serve import EMBEDDED
+from cluster.config import ClusterConfig
+from cluster.gateway.cluster_backend import ClusterBackend
+from cluster.gateway.server import GatewayServer
+from cluster.launch import start_backend
+
+SECONDS = 120.0  # for anything at all
+
+
+class Cluster:
+    """A running cluster and ways to talk to it and to hurt it."""
+
+    def __init__(self, server: GatewayServer, backend: ClusterBackend) -> None:
+        self.server, self.backend = server, backend
+        self.url = f"http://127.0.0.1:{server.http_port}"
+
+    def complete(self, prompt_ids: tuple[int, ...], **options: Any) -> httpx2.Response:
+        body = {"model": "demo", "prompt": list(prompt_ids), "temperature": 0, "ignore_eos": True}
+        return httpx2.post(
+            f"{self.url}/v1/completions", json=body | options, timeout=SECONDS, trust_env=False
+        )
+
+    def pid(self, title: str) -> int:
+        """A process of this cluster whose title contains a text."""
+        return next(pid for pid in _descendants(os.getpid()) if title in _title(pid))
+
+    @property
+    def pages_in_use(self) -> int:
+        loads = [status.load for status in self.backend.statuses.values()]
+        return sum(load.num_pages - load.free_pages for load in loads)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> float:
+    """Wait for a condition; returns how long that took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds, "waited in vain"
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+@contextmanager
+def running(config: ClusterConfig | None = None) -> Iterator[Cluster]:
+    """A cluster for as long as the context lasts."""
+    config = config or ClusterConfig.load(EMBEDDED)
+    config = config.model_copy(
+        update={"gateway": config.gateway.model_copy(update={"http_port": 0, "grpc_port": 0})}
+    )
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    with ExitStack() as stack:
+        backend = start_backend(config, stack, lambda _: None)
+        assert isinstance(backend, ClusterBackend)
+
+        async def start() -> GatewayServer:
+            backend.start()
+            await backend.wait_until_ready(SECONDS)
+            server = GatewayServer(backend, "demo", config.gateway, "test")
+            await server.start()
+            return server
+
+        server = asyncio.run_coroutine_threadsafe(start(), loop).result(SECONDS)
+        try:
+            yield Cluster(server, backend)
+        finally:
+            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(SECONDS)
+            asyncio.run_coroutine_threadsafe(backend.stop(), loop).result(SECONDS)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has just ended
+                continue
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, todo = [], [pid]
+    while todo:
+        mine = children.get(todo.pop(), [])
+        found += mine
+        todo += mine
+    return sorted(found)
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

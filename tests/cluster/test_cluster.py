@@ -1,0 +1,102 @@
+"""The embedded cluster on a Ray of the test's own: the oracle's tokens, shared pages, and actors that die."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from model.tokenizer import Tokenizer
+from tests.checkpoints import DEMO
+from tests.cluster.clusters import Cluster, running, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # Ray warns of much
+
+PROMPTS = {
+    prompt["name"]: (tuple(Tokenizer.load(DEMO).encode(prompt["prompt"])), prompt["output_ids"])
+    for prompt in json.loads((Path(DEMO) / "oracle.json").read_text())["prompts"]
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running() as cluster:
+        yield cluster
+
+
+def text(ids: list[int]) -> str:
+    return Tokenizer.load(DEMO).decode(ids)
+
+
+def answers_rightly(cluster: Cluster, name: str) -> None:
+    prompt_ids, output_ids = PROMPTS[name]
+    response = cluster.complete(prompt_ids, max_tokens=len(output_ids))
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["text"] == text(output_ids)
+
+
+def test_the_oracle_s_answers_come_through_prefill_and_decode(cluster: Cluster) -> None:
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda name: answers_rightly(cluster, name), PROMPTS))
+    statuses = {status.role: status for status in cluster.backend.statuses.values()}
+    wait_until(lambda: cluster.pages_in_use == 0, 10)
+    assert statuses.keys() == {"prefill", "decode"}
+    assert statuses["prefill"].prompt_tokens >= sum(len(ids) for ids, _ in PROMPTS.values())
+    assert statuses["decode"].tokens > len(PROMPTS)
+    for status in statuses.values():
+        assert 0 < status.most_nodes <= 4
+        assert status.copies <= 4 * status.dispatched
+
+
+def test_turn_two_of_a_chat_finds_the_pages_that_decode_made(cluster: Cluster) -> None:
+    prompt_ids, output_ids = PROMPTS["lookup_300"]
+    answers_rightly(cluster, "lookup_300")
+    second = cluster.complete((*prompt_ids, *output_ids), max_tokens=8).json()
+    assert second["usage"]["prompt_cache_hit_tokens"] > len(prompt_ids)
+
+
+def expert(cluster: Cluster) -> int:
+    return cluster.backend.directory.experts[3].pid
+
+
+def worker(cluster: Cluster, role: str) -> int:
+    return next(entry.pid for entry in cluster.backend.directory.workers if entry.role == role)
+
+
+@pytest.mark.parametrize(
+    ("victim", "codes"),
+    [
+        (expert, {503}),
+        (partial(worker, role="decode"), {503}),
+        (partial(worker, role="prefill"), {200}),  # they are all decoding
+        (partial(Cluster.pid, title="ray::ServeReplica:decode"), {503}),
+        (partial(Cluster.pid, title="ray::ServeReplica:prefill"), {200}),
+        (partial(Cluster.pid, title="ray::Supervisor"), {503}),  # the experts go with it
+    ],
+    ids=["expert", "decode", "prefill", "decode engine", "prefill engine", "supervisor"],
+)
+def test_a_killed_actor_is_a_retryable_error_and_comes_back(
+    cluster: Cluster, victim: Callable[[Cluster], int], codes: set[int]
+) -> None:
+    with ThreadPoolExecutor() as threads:
+        pending = [threads.submit(cluster.complete, PROMPTS["code"][0], max_tokens=200) for _ in range(3)]
+        wait_until(lambda: cluster.backend.load().running == 3)
+        os.kill(victim(cluster), signal.SIGKILL)
+        took = wait_until(lambda: all(one.done() for one in pending))
+        answers = [one.result() for one in pending]
+    assert {answer.status_code for answer in answers} == codes
+    if codes == {503}:
+        assert {answer.json()["error"]["code"] for answer in answers} == {"replica_lost"}
+        assert took < 8  # far less on an idle machine
+
+    def is_back() -> bool:
+        return cluster.complete(PROMPTS["chat"][0], max_tokens=2).status_code == 200
+
+    back = wait_until(is_back)
+    print(f"noticed after {took:.2f} s, back after {back:.1f} s more")
+    answers_rightly(cluster, "lookup_300")
+    wait_until(lambda: cluster.pages_in_use == 0, 10)
