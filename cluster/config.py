@@ -52,14 +52,19 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which checkpoint, under which name, and how it is computed."""
+    """Which checkpoint, under which name, and how it is computed.
+
+    With `deterministic` an answer's bits depend on its request and the weights alone: not on who else is
+    served, how prompts are cut, who computes what, or on drafts. It costs time (docs/deterministic.md).
+    """
 
     directory: Annotated[Path, Field(strict=False)] = DEMO
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{1,128}$")] | None = None
     dtype: DTypeName = "float32"
     pages: PageFormat = "full"
     attention: AttentionMode = "sparse"
-    kernels: Backend = "reference"
+    kernels: Literal["reference"] = "reference"
+    deterministic: bool = False
 
     @property
     def served_name(self) -> str:
@@ -67,7 +72,8 @@ class ModelSection(_Section):
         return self.name or self.directory.resolve().name
 
     def options(self) -> ModelOptions:
-        return ModelOptions(self.dtype, self.pages, self.attention, self.kernels)
+        kernels: Backend = "deterministic" if self.deterministic else self.kernels
+        return ModelOptions(self.dtype, self.pages, self.attention, kernels)
 
 
 class EngineSection(_Section):
@@ -75,18 +81,20 @@ class EngineSection(_Section):
 
     `drafts` is a number or `auto`: as many as pay, by measured acceptance and load.
     `tokens` is the room in pages, all sequences together; None is eight times the model's context. Where
-    prefill and decode have engines of their own, their sections say how much room each has.
+    prefill and decode have engines of their own, their sections say how much room each has. Two
+    `micro_batches` keep attention busy while rows are at experts of a pool.
     """
 
     chunk: Count = 2048
     drafts: Annotated[int, Field(ge=0, le=MAX_DRAFTS)] | Literal["auto"] = 0
     tokens: Count | None = None
     max_waiting: Count = 64
+    micro_batches: Literal[1, 2] = 1
 
     def config(self) -> EngineConfig:
-        if self.drafts == "auto":
-            return EngineConfig(self.chunk, MAX_DRAFTS, adapt=True)
-        return EngineConfig(self.chunk, self.drafts)
+        adapt = self.drafts == "auto"
+        num_drafts = MAX_DRAFTS if self.drafts == "auto" else self.drafts
+        return EngineConfig(self.chunk, num_drafts, adapt, self.micro_batches)
 
 
 class ExpertsSection(_Section):
@@ -204,6 +212,12 @@ class ClusterConfig(_Section):
     def is_disaggregated(self) -> bool:
         """Whether prefill and decode have engines of their own."""
         return self.prefill is not None and self.decode is not None
+
+    @model_validator(mode="after")
+    def _dense_is_not_deterministic(self) -> "ClusterConfig":
+        if self.model.deterministic and self.model.attention == "dense":
+            raise ValueError("model.deterministic goes with model.attention: sparse only")
+        return self
 
     @model_validator(mode="after")
     def _roles_are_both_there(self) -> "ClusterConfig":

@@ -134,7 +134,7 @@ class Gateway:
         context = self.backend.facts.context
         at_least = num_characters // self._longest_token
         if at_least >= context:
-            problem = f"come to more than {at_least} tokens; the context holds {context}, the answer included"
+            problem = f"come to more than {at_least} tokens; {_limit(context)}"
             raise Refusal(Kind.CONTEXT, problem, field)
 
     def _check(self, call: Call) -> None:
@@ -169,14 +169,19 @@ class Gateway:
         context = self.backend.facts.context
         room = context - num_prompt
         if room < 1:
-            problem = f"come to {num_prompt} tokens; the context holds {context}, the answer included"
+            problem = f"come to {num_prompt} tokens; {_limit(context)}"
             raise Refusal(Kind.CONTEXT, problem, field)
         if call.max_tokens is None:
             return min(room, default)
         if call.max_tokens > room:
             problem = (
-                f"is {str(call.max_tokens)[:20]}; the prompt has {num_prompt} tokens and the context holds "
-                f"{context}, which leaves {room}"
+                f"is {str(call.max_tokens)[:20]}; the prompt has {num_prompt} tokens, which leaves {room}; "
+                f"{_limit(context)}"
             )
             raise Refusal(Kind.CONTEXT, problem, call.max_tokens_field)
         return call.max_tokens
+
+
+def _limit(context: int) -> str:
+    """Client libraries recognise the case by these words."""
+    return f"this model's maximum context length is {context} tokens, the answer included"

@@ -12,7 +12,7 @@ import httpx2
 from openai import OpenAI
 
 from cluster.config import ClusterConfig
-from cluster.gateway.backend import ModelFacts
+from cluster.gateway.backend import Backend, ModelFacts
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.gateway.server import GatewayServer
 from cluster.proto.eightfold.v1.eightfold_pb2_grpc import InferenceServiceStub
@@ -69,8 +69,18 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
 
 
 @contextmanager
-def serve(model: LocalModel, config: ClusterConfig | None = None) -> Iterator[Served]:
-    """A server over the model, for as long as the context lasts; nothing may be left open at its end."""
+def serve(
+    model: LocalModel,
+    config: ClusterConfig | None = None,
+    wrap: Callable[[Backend], Backend] = lambda backend: backend,
+) -> Iterator[Served]:
+    """A server over the model, for as long as the context lasts; nothing may be left open at its end.
+
+    Args:
+        model: what it serves.
+        config: its limits; the ports must be 0.
+        wrap: what stands between the gateway and the model.
+    """
     config = config or ClusterConfig.model_validate({"gateway": {"http_port": 0, "grpc_port": 0}})
     tokens = config.engine.tokens or 65536
     engine = model.engine(config.engine.config(), tokens)
@@ -86,7 +96,7 @@ def serve(model: LocalModel, config: ClusterConfig | None = None) -> Iterator[Se
 
     async def life() -> None:
         backend.start()
-        server = GatewayServer(backend, "demo", config.gateway, "test")
+        server = GatewayServer(wrap(backend), "demo", config.gateway, "test")
         await server.start()
         ready.append(Served(server, engine, loop))
         is_up.set()

@@ -2,12 +2,9 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import RetryInfo
-from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -78,6 +75,9 @@ def test_health_of_server_and_service(served: Served) -> None:
         for service in ("", SERVICE):
             status = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
             assert status == health_pb2.HealthCheckResponse.SERVING
+        watched = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=10)
+        assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+        watched.cancel()
         with pytest.raises(grpc.RpcError) as caught:
             stub.Check(health_pb2.HealthCheckRequest(service="nobody"), timeout=10)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]
@@ -118,33 +118,6 @@ def test_a_deadline_frees_pages(served: Served) -> None:
         assert time.perf_counter() - started < 2
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
     assert wait_until(served.is_idle) < 5
-
-
-def test_a_full_queue_says_when_to_come_back(small: Served) -> None:
-    with small.stub() as stub:
-        running, waiting = stub.Chat(ENDLESS), None
-        next(running)
-        waiting = stub.Chat(ENDLESS)
-        wait_until(lambda: len(small.server.gateway.journal) == 2)
-        with pytest.raises(grpc.RpcError) as caught:
-            list(stub.Chat(GREEDY, timeout=10))
-        running.cancel()
-        waiting.cancel()
-        wait_until(small.is_idle)
-    error: Any = caught.value
-    trailers = dict(error.trailing_metadata())
-    assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert int(trailers["grpc-retry-pushback-ms"]) >= 1000
-    details = Status.FromString(trailers["grpc-status-details-bin"]).details
-    retry = RetryInfo()
-    assert any(detail.Unpack(retry) for detail in details)
-    assert retry.retry_delay.seconds >= 1
-
-
-def test_an_unknown_method_is_unimplemented(served: Served) -> None:
-    with grpc.insecure_channel(served.target) as channel, pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary(f"/{SERVICE}/Nothing")(b"", timeout=10)
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED  # type: ignore[attr-defined]
 
 
 def test_tool_calls_travel_in_pieces() -> None:

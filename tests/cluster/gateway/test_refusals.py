@@ -247,6 +247,7 @@ def test_bytes_that_are_no_http_or_come_too_slowly(small: Served, sent: bytes, s
         connection.sendall(sent)
         reply = b"".join(iter(lambda: connection.recv(65536), b""))
     assert reply.startswith(b"HTTP/1.1 " + status)
+    assert b"\r\nx-request-id: req_" in reply
     assert set(json.loads(reply.split(b"\r\n\r\n", 1)[1])["error"]) == {"message", "type", "param", "code"}
 
 

@@ -1,0 +1,150 @@
+"""Are the tokens of a cluster those of one process? With `deterministic: true` they must be, token for token.
+
+    python -m benchmarks.same_tokens [--requests 64] [--longest 8000] [--out FILE.json]
+
+Requests of mixed lengths, greedy and sampled with seeds, all at once, through clusters that differ in chunk,
+drafts, attention actors, pages and in where the experts are. The reference runs them one after another in one
+engine. Exits with 1 at the first difference.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.config import ClusterConfig
+from cluster.demo import DEMO
+from cluster.gateway.cluster_backend import ClusterBackend
+from cluster.launch import start_backend
+from model.sampling_params import SamplingParams
+from model.tokenizer import Tokenizer
+from workers.engine import EngineConfig
+from workers.local import LocalModel, ModelOptions
+from workers.sequence import Request
+
+VARIANTS: list[dict[str, Any]] = [
+    {"chunk": 2048, "drafts": 0, "actors": 1, "experts": "pool", "pages": "full"},
+    {"chunk": 64, "drafts": 1, "actors": 2, "experts": "pool", "pages": "full"},
+    {"chunk": 100, "drafts": 3, "actors": 1, "experts": "local", "pages": "full"},
+    {"chunk": 777, "drafts": 2, "actors": 2, "experts": "local", "pages": "full"},
+    {"chunk": 1, "drafts": 0, "actors": 1, "experts": "local", "pages": "full", "longest": 600},
+    {"chunk": 300, "drafts": "auto", "actors": 2, "experts": "pool", "pages": "fp8"},
+]
+TOKENS_AN_ACTOR = 400_000
+
+
+def requests(count: int, longest: int) -> list[Request]:
+    """Lookup conversations and their beginnings, from a few tokens to `longest`."""
+    tokenizer = Tokenizer.load(DEMO)
+    chance = random.Random(8)
+    texts = [json.loads(line)["messages"] for line in (DEMO / "lookup.jsonl").open()]
+    ids = [tokenizer.encode("\n".join(turn["content"] for turn in turns)) for turns in texts]
+    found = []
+    for number in range(count):
+        prompt: list[int] = []
+        wanted = min(longest, int(8 * (longest / 8) ** ((number % 16) / 15)))
+        while len(prompt) < wanted:
+            prompt += chance.choice(ids)
+        is_greedy = number % 2 == 0
+        params = SamplingParams(
+            max_tokens=24,
+            temperature=0 if is_greedy else 0.9,
+            top_p=1 if is_greedy else 0.95,
+            seed=number,
+            presence_penalty=0.3 if number % 8 == 1 else 0,
+            ignore_eos=True,
+        )
+        found.append(Request(f"r{number}", tuple(prompt[:wanted]), params))
+    return found
+
+
+def alone(model: LocalModel, request: Request) -> list[int]:
+    """The answer of one engine that runs nothing else."""
+    engine = model.engine(EngineConfig(), len(request.prompt_ids) + request.params.max_tokens)
+    engine.add(request)
+    tokens = []
+    while not engine.is_idle:
+        tokens += [token.token_id for token in engine.step()]
+    return tokens
+
+
+def description(variant: dict[str, Any]) -> ClusterConfig:
+    role = {"attention_actors": variant["actors"], "tokens": TOKENS_AN_ACTOR}
+    return ClusterConfig.model_validate(
+        {
+            "model": {"deterministic": True, "pages": variant["pages"]},
+            "engine": {"chunk": variant["chunk"], "drafts": variant["drafts"], "max_waiting": 1024},
+            "experts": {"placement": variant["experts"], "layer_seconds": 60.0},
+            "prefill": role,
+            "decode": role,
+            "router": {"silence_seconds": 120.0, "lease_seconds": 120.0},
+        }
+    )
+
+
+async def together(backend: ClusterBackend, all_requests: list[Request]) -> list[list[int]]:
+    """The answers to all requests at once."""
+
+    async def answer(request: Request) -> list[int]:
+        return [token.token_id async for token in await backend.generate(request)]
+
+    backend.start()
+    await backend.wait_until_ready(120)
+    try:
+        return await asyncio.gather(*map(answer, all_requests))
+    finally:
+        statuses = backend.statuses.values()
+        most_nodes = max(status.most_nodes for status in statuses)
+        assert most_nodes <= 4, most_nodes
+        await backend.stop()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=8000)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    expected: dict[tuple[str, int], list[list[int]]] = {}
+    report = []
+    for variant in VARIANTS:
+        longest = min(options.longest, variant.get("longest", options.longest))
+        all_requests = requests(options.requests, longest)
+        key = variant["pages"], longest
+        if key not in expected:
+            model = LocalModel(DEMO, ModelOptions(pages=variant["pages"], kernels="deterministic"))
+            expected[key] = [alone(model, request) for request in all_requests]
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            backend = start_backend(description(variant), stack, lambda _: None)
+            assert isinstance(backend, ClusterBackend)
+            answers = asyncio.run(together(backend, all_requests))
+        same = sum(a == b for a, b in zip(answers, expected[key], strict=True))
+        report.append(
+            {
+                **variant,
+                "requests": len(all_requests),
+                "prompt_tokens": sum(len(request.prompt_ids) for request in all_requests),
+                "longest": longest,
+                "same": same,
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+        )
+        print(json.dumps(report[-1]), flush=True)
+        if same < len(all_requests):
+            return 1
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
