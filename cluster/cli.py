@@ -14,6 +14,7 @@ EXIT_USER_ERROR = 2  # something the user can mend: arguments, a checkpoint, a r
 
 _COMMANDS = {
     "serve": "serve a model over HTTP and gRPC",
+    "status": "say what a running cluster is doing",
     "chat": "talk to a model in the terminal",
     "generate": "continue one prompt",
     "logits": "write a prompt's logits to a file",
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     adders = {
         "serve": _add_serve,
+        "status": _add_status,
         "chat": _add_chat,
         "generate": _add_generate,
         "logits": _add_logits,
@@ -75,6 +77,16 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="description of the cluster; without one the demo as a cluster on a Ray of this machine, "
         "ports 8000 and 50051",
     )
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "url", nargs="?", default="http://127.0.0.1:8000", metavar="URL", help="of a gateway's HTTP interface"
+    )
+    parser.add_argument(
+        "--key-file", type=Path, metavar="FILE", help="holds the API key, where one is needed"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:

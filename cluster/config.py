@@ -86,7 +86,7 @@ class EngineSection(_Section):
     """
 
     chunk: Count = 2048
-    drafts: Annotated[int, Field(ge=0, le=MAX_DRAFTS)] | Literal["auto"] = 0
+    drafts: Literal[0, 1, 2, 3, "auto"] = 0
     tokens: Count | None = None
     max_waiting: Count = 64
     micro_batches: Literal[1, 2] = 1

@@ -20,14 +20,13 @@ class WorkerEntry:
 
 @dataclass(frozen=True)
 class ExpertEntry:
-    """An expert actor: the groups it holds, where it runs, and how many dispatches it answered."""
+    """An expert actor: the groups it holds, and where it runs."""
 
     name: str
     first_group: int
     num_groups: int
     node: str
     pid: int
-    num_answered: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ray import serve
 
 from cluster.config import ClusterConfig, RoleSection
 from cluster.directory import WorkerEntry
-from cluster.ray_runtime import place_of
+from cluster.ray_runtime import own_host, place_of
 from cluster.supervisor import Secrets, role_section, the_supervisor
 from model.config import ModelConfig
 from workers.actors import AttentionActor, AttentionActorConfig
@@ -125,6 +125,7 @@ def _actor_config(name: str, role: Role, config: ClusterConfig, secrets: Secrets
         config.experts.layer_seconds if config.experts.placement == "pool" else None,
         secrets.token,
         secrets.pages,
+        tcp_host=None if config.ray.address == "local" else own_host,
     )
 
 

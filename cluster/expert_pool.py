@@ -21,7 +21,7 @@ from cluster.ray_runtime import place_of
 from kernels.backend import Backend
 from model.checkpoint import Checkpoint
 from model.decoder import DTypeName
-from workers.actors import ExpertActor, ExpertActorConfig, ExpertActorStats
+from workers.actors import ExpertActor, ExpertActorConfig, ExpertActorStats, TcpHost
 from workers.placement import ExpertPlacement
 from workers.transport.protocol import Address
 
@@ -53,6 +53,8 @@ class ExpertPool:
         first_epoch: int = 1,
         spread: Spread = "loose",
         node_labels: dict[str, str] | None = None,
+        place_seconds: float = PLACE_SECONDS,
+        tcp_host: TcpHost = None,
     ) -> None:
         """Start the actors and wait until each has loaded its experts.
 
@@ -62,20 +64,25 @@ class ExpertPool:
             first_epoch: higher than any of an earlier pool that its peers may remember.
             spread: `strict` for a node of Ray each, `loose` for as many as there are.
             node_labels: of the nodes that may be used.
+            place_seconds: how long to wait for such nodes.
+            tcp_host: as of `ExpertActorConfig`.
 
         Raises:
             PlacementError: more nodes than groups.
+            TimeoutError: the nodes that were asked for are not there.
             ray.exceptions.GetTimeoutError: an actor did not come up in time.
         """
         self.token = token or secrets.token_bytes(32)
         self._model = Checkpoint.open(directory).config
         shares = _runs(self._model.n_group, num_nodes)
         self._configs = [
-            ExpertActorConfig(f"experts-{node}", directory.resolve(), groups, dtype, kernels, self.token)
+            ExpertActorConfig(
+                f"experts-{node}", directory.resolve(), groups, dtype, kernels, self.token, tcp_host
+            )
             for node, groups in enumerate(shares)
         ]
         self._subscribers: dict[str, Any] = {}
-        self._group = _placement_group(num_nodes, spread, node_labels or {})
+        self._group = _placement_group(num_nodes, spread, node_labels or {}, place_seconds)
         self._actors = [self._start(node) for node in range(num_nodes)]
         self._witnesses = [actor.wait_until_stopped.remote() for actor in self._actors]
         try:
@@ -176,7 +183,9 @@ def _runs(num_groups: int, num_nodes: int) -> list[range]:
     return [share.groups for share in placement.shares]
 
 
-def _placement_group(num_nodes: int, spread: Spread, labels: dict[str, str]) -> PlacementGroup:
+def _placement_group(
+    num_nodes: int, spread: Spread, labels: dict[str, str], seconds: float
+) -> PlacementGroup:
     """A place for each actor.
 
     Raises:
@@ -187,10 +196,10 @@ def _placement_group(num_nodes: int, spread: Spread, labels: dict[str, str]) -> 
         strategy="STRICT_SPREAD" if spread == "strict" else "SPREAD",
         bundle_label_selector=[labels] * num_nodes if labels else None,
     )
-    if not group.wait(PLACE_SECONDS):
+    if not group.wait(seconds):
         remove_placement_group(group)
         asked = f" with labels {labels}" if labels else ""
         raise TimeoutError(
-            f"no place for {num_nodes} expert actors ({spread} spread{asked}) after {PLACE_SECONDS:.0f} s"
+            f"no place for {num_nodes} expert actors ({spread} spread{asked}) after {seconds:.0f} s"
         )
     return group

@@ -38,12 +38,16 @@ _POLL_SECONDS = 0.2
 Say = Callable[[str], None]
 
 
+class ClusterError(Exception):
+    """A cluster that did not come up: which part, and what is known of the reason."""
+
+
 def start_backend(config: ClusterConfig, stack: ExitStack, say: Say) -> "EngineBackend | ClusterBackend":
     """Whoever runs the model of a description; call its `start` in the event loop. The stack ends it all.
 
     Raises:
         ConfigError, CheckpointError: it cannot be served.
-        TimeoutError: parts of the cluster did not come up.
+        ClusterError: parts of the cluster did not come up.
     """
     directory = config.model.directory
     if not directory.is_dir():
@@ -75,19 +79,26 @@ def _start_ray(config: ClusterConfig, stack: ExitStack, say: Say) -> None:
 
 
 def _start_pool(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say: Say) -> Experts:
+    import ray
+
     from cluster.expert_pool import ExpertPool
+    from cluster.ray_runtime import own_host
 
     _start_ray(config, stack, say)
     experts = config.experts
     say(f"starting {experts.nodes} expert actors")
-    pool = ExpertPool(
-        config.model.directory,
-        experts.nodes,
-        dtype=config.model.dtype,
-        kernels=config.model.options().kernels,
-        spread=experts.spread,
-        node_labels=experts.node_labels,
-    )
+    try:
+        pool = ExpertPool(
+            config.model.directory,
+            experts.nodes,
+            dtype=config.model.dtype,
+            kernels=config.model.options().kernels,
+            spread=experts.spread,
+            node_labels=experts.node_labels,
+            tcp_host=None if config.ray.address == "local" else own_host,
+        )
+    except (TimeoutError, ray.exceptions.RayError) as error:
+        raise ClusterError(f"the expert actors did not come up: {_last_line(error)}") from error
     stack.callback(pool.close)
     endpoint = PeerEndpoint(EndpointConfig("attention-0", pool.token))
     stack.callback(endpoint.close)
@@ -181,7 +192,7 @@ def _wait_for_workers(supervisor: Any, expected: int, say: Say) -> None:
     """Until all attention actors are there, saying who comes.
 
     Raises:
-        TimeoutError: some are missing.
+        ClusterError: some are missing.
     """
     import ray
     from ray import serve
@@ -190,10 +201,13 @@ def _wait_for_workers(supervisor: Any, expected: int, say: Say) -> None:
     seen: set[str] = set()
     knows_experts = False
     while len(seen) < expected:
-        if time.monotonic() > deadline:
-            states = {name: str(app.status) for name, app in serve.status().applications.items()}
-            raise TimeoutError(f"{len(seen)} of {expected} attention actors came up; Serve says {states}")
-        found = ray.get(supervisor.directory.remote(), timeout=START_SECONDS)
+        states = {name: str(app.status) for name, app in serve.status().applications.items()}
+        if time.monotonic() > deadline or "DEPLOY_FAILED" in states.values():
+            raise ClusterError(f"{len(seen)} of {expected} attention actors came up; Serve says {states}")
+        try:
+            found = ray.get(supervisor.directory.remote(), timeout=START_SECONDS)
+        except ray.exceptions.RayError as error:
+            raise ClusterError(f"the expert actors did not come up: {_last_line(error)}") from error
         if found.experts and not knows_experts:
             knows_experts = True
             nodes = len({expert.node for expert in found.experts})
@@ -203,3 +217,8 @@ def _wait_for_workers(supervisor: Any, expected: int, say: Say) -> None:
                 seen.add(entry.address.name)
                 say(f"{entry.role} actor {len(seen)} of {expected} is up")
         time.sleep(_POLL_SECONDS)
+
+
+def _last_line(error: Exception) -> str:
+    """What an actor's own exception says, without the stack of the process it happened in."""
+    return str(error).strip().splitlines()[-1]

@@ -15,13 +15,8 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # objects are not our data plane
 
 
 @contextmanager
-def local_ray(num_cpus: int) -> Iterator[None]:
-    """Start Ray, and end it with everything it started.
-
-    Args:
-        num_cpus: what Ray believes the machine to have; it starts so many idle workers ahead of need.
-    """
-    # These are settings of Ray and of OpenMP, inherited by the processes that Ray starts from here.
+def ray_settings() -> Iterator[None]:
+    """Settings of Ray and of OpenMP, inherited by the processes that Ray starts from here."""
     settings = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps every address on loopback
         # Ray's processes listen on every interface, and whoever may talk to them runs code in them. Ray turns
@@ -34,7 +29,25 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     before = {key: os.environ.get(key) for key in (*settings, "RAY_AUTH_MODE")}
     os.environ.pop("RAY_AUTH_MODE", None)
     os.environ.update(settings)
-    with tempfile.TemporaryDirectory(prefix="eightfold-", ignore_cleanup_errors=True) as folder:
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextmanager
+def local_ray(num_cpus: int) -> Iterator[None]:
+    """Start Ray, and end it with everything it started.
+
+    Args:
+        num_cpus: what Ray believes the machine to have; it starts so many idle workers ahead of need.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="eightfold-", ignore_cleanup_errors=True)
+    with ray_settings(), folder as name:
         try:
             ray.init(
                 address="local",
@@ -42,16 +55,11 @@ def local_ray(num_cpus: int) -> Iterator[None]:
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
-                _temp_dir=folder,
+                _temp_dir=name,
             )
             yield
         finally:
             ray.shutdown()
-            for key, value in before.items():
-                if value is None:
-                    os.environ.pop(key, None)
-                else:
-                    os.environ[key] = value
 
 
 @cache  # Ray reads it once in a process
@@ -67,6 +75,11 @@ def joined_ray(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def own_host() -> str:
+    """The address by which other nodes reach this one; asked inside an actor."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ engines, which register again and again, are known within a second.
 import logging
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -15,6 +15,7 @@ import ray
 from cluster.config import ClusterConfig
 from cluster.directory import Directory, WorkerEntry
 from cluster.expert_pool import ExpertPool
+from cluster.ray_runtime import own_host
 from workers.wire import Role
 
 NAME, NAMESPACE = "supervisor", "eightfold"
@@ -79,17 +80,6 @@ class Supervisor:
             return Directory(0, workers)
         return Directory(self._pool.current().epoch, workers, self._pool.entries())
 
-    def statistics(self) -> Directory:
-        """The same with what each expert actor has done; asks every one of them."""
-        if not self._pool:
-            return self.directory()
-        counts = [stats.num_answered for stats in self._pool.stats()]
-        found = self.directory()
-        experts = tuple(
-            replace(entry, num_answered=count) for entry, count in zip(found.experts, counts, strict=True)
-        )
-        return replace(found, experts=experts)
-
     def _forget_silent(self) -> None:
         horizon = time.monotonic() - _FORGET_SECONDS
         for engine in [engine for engine, known in self._engines.items() if known.heard < horizon]:
@@ -113,6 +103,7 @@ def _expert_pool(config: ClusterConfig, secrets: Secrets) -> ExpertPool:
         first_epoch=int(time.time()),  # later than that of any supervisor before
         spread=experts.spread,
         node_labels=experts.node_labels,
+        tcp_host=None if config.ray.address == "local" else own_host,
     )
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,10 +26,19 @@ from workers.wire import Role
 
 _log = logging.getLogger(__name__)
 
+TcpHost = Callable[[], str] | None
+
+
+def _listening(name: str, token: bytes, tcp_host: TcpHost) -> PeerEndpoint:
+    return PeerEndpoint(EndpointConfig(name, token, tcp_host=tcp_host() if tcp_host else None))
+
 
 @dataclass(frozen=True)
 class ExpertActorConfig:
-    """One expert actor: its name among its peers, and the groups of every layer that it holds."""
+    """One expert actor: its name among its peers, and the groups of every layer that it holds.
+
+    `tcp_host` finds the address, inside the actor, at which other hosts reach it; None to listen for none.
+    """
 
     name: str
     directory: Path
@@ -36,6 +46,7 @@ class ExpertActorConfig:
     dtype: DTypeName
     kernels: Backend
     token: bytes = field(repr=False)
+    tcp_host: TcpHost = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class ExpertActor:
         checkpoint = Checkpoint.open(config.directory)
         self._config, self._model_config = config, checkpoint.config
         self._experts = load_experts(checkpoint, config.groups, DTYPES[config.dtype], config.kernels)
-        self._endpoint = PeerEndpoint(EndpointConfig(config.name, config.token))
+        self._endpoint = _listening(config.name, config.token, config.tcp_host)
         self._stop = threading.Event()
         self._worker: ExpertWorker | None = None
         self._thread: threading.Thread | None = None
@@ -106,7 +117,8 @@ class AttentionActorConfig:
     """One attention actor.
 
     `layer_seconds` is what a layer of remote experts may take, None for experts in the actor itself;
-    `num_tokens` the room in its pages; `token` and `secret` are the cluster's: to connect, and of page names.
+    `num_tokens` the room in its pages; `token` and `secret` are the cluster's: to connect, and of page names;
+    `tcp_host` as of an expert actor.
     """
 
     name: str
@@ -119,6 +131,7 @@ class AttentionActorConfig:
     layer_seconds: float | None
     token: bytes = field(repr=False)
     secret: bytes = field(repr=False)
+    tcp_host: TcpHost = None
 
 
 class AttentionActor:
@@ -131,7 +144,7 @@ class AttentionActor:
         torch.set_num_threads(1)
         self._config = config
         self._placement: ExpertPlacement | None = None
-        self._endpoints = [PeerEndpoint(EndpointConfig(config.name, config.token))]
+        self._endpoints = [_listening(config.name, config.token, config.tcp_host)]
         model = LocalModel(config.directory, config.options, experts=self._remote_experts())
         cache = model.cache(config.num_tokens)
         engine = Engine(model.decoder, cache, config.engine, config.secret)

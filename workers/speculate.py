@@ -44,9 +44,9 @@ class Acceptance:
 class DraftPolicy:
     """How many drafts pay, learnt while running: they cost rows, and are worth what the model accepts.
 
-    A step of S sequences with d drafts yields S (1 + a1 + a1 a2 + ..) tokens, a being acceptance by place. What
-    it takes depends on the machine and on S, so it is measured, for S in powers of two. A choice is kept for
-    some steps: drafts made in one step are verified in the next, so only a run of them shows their price.
+    A step of S sequences with d drafts yields S (1 + a1 + a1 a2 + ..) tokens, a being acceptance by place.
+    What it takes depends on the machine and on S, so it is measured, for S in powers of two. A choice is kept
+    for some steps: drafts made in one step are verified in the next, so only a run of them shows their price.
 
     Args:
         most: drafts at most.

@@ -16,7 +16,7 @@ from cluster.config import ClusterConfig
 from cluster.gateway.cluster_backend import ClusterBackend
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.gateway.server import GatewayServer
-from cluster.launch import start_backend
+from cluster.launch import ClusterError, start_backend
 from model.inputs import PAGE_SIZE
 
 EMBEDDED = Path(__file__).parent.parent / "embedded.yaml"
@@ -33,7 +33,7 @@ def run(options: Namespace) -> int:
     with ExitStack() as stack:
         try:
             backend = start_backend(config, stack, _say)
-        except TimeoutError as error:
+        except ClusterError as error:
             print(f"eightfold serve: {error}", file=sys.stderr)
             return EXIT_FAILED
         return asyncio.run(_serve(config, backend, started))

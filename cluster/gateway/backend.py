@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.directory import ExpertEntry
 from model.chat.encoding import ChatEncoding
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from workers.load import WorkerLoad
 from workers.sequence import Request, Token
+from workers.wire import WorkerStatus
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,26 @@ class ModelFacts:
     encoding: ChatEncoding
     digest: str
     context: int
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """A worker: which engine it belongs to, where it runs, and what it said last."""
+
+    name: str
+    engine: str
+    node: str
+    pid: int
+    status: WorkerStatus
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the model runs on. `epoch` is that of the expert placement, 0 where experts are not apart."""
+
+    epoch: int
+    workers: tuple[WorkerReport, ...]
+    experts: tuple[ExpertEntry, ...]
 
 
 class TokenStream(Protocol):
@@ -58,6 +80,10 @@ class Backend(Protocol):
         ...
 
     def load(self) -> WorkerLoad: ...
+
+    def parts(self) -> Parts:
+        """What there is to see of whoever runs the model."""
+        ...
 
     @property
     def is_ready(self) -> bool:

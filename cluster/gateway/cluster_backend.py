@@ -7,11 +7,11 @@ token there is no Ray call, no thread and no queue but the request's own.
 import asyncio
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.directory import Directory, DirectorySource, WorkerEntry
-from cluster.gateway.backend import ModelFacts
+from cluster.gateway.backend import ModelFacts, Parts, WorkerReport
 from cluster.gateway.errors import Kind as RefusalKind
 from cluster.gateway.errors import Overloaded, Refusal, ReplicaLost
 from cluster.router import NoRoute, Router
@@ -20,7 +20,7 @@ from workers.load import WorkerLoad
 from workers.sequence import Request, Token
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.message import MalformedMessage, Message, TransportError
-from workers.transport.protocol import Deadline, DeadlineExceeded, PeerLost, Received
+from workers.transport.protocol import Address, Deadline, DeadlineExceeded, PeerLost, Received
 from workers.wire import Cancel, Failed, Generate, Kind, WorkerStatus, pack, unpack
 
 _log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _DIRECTORY_SECONDS = 0.5  # how soon a worker that joined is used
 _ASK_SECONDS = 5.0
 _CONNECT_SECONDS = 1.0
+_RETRY_SECONDS = 2.0  # until a worker that could not be reached is tried again: the loop waits for it
 _SEND_SECONDS = 0.5  # for a worker whose ring is full: it has not read for long
 _MAIL_AT_ONCE = 256  # events handled before others have their turn
 
@@ -63,14 +64,15 @@ class ClusterStream:
 
     @property
     def needs(self) -> set[str]:
-        """The workers without which it cannot go on."""
-        return {self.decode} if self.has_moved else {self.first, self.decode}
+        """The workers without which it cannot go on; the first one until its token is here."""
+        return {self.decode} if self.has_moved and not self._early else {self.first, self.decode}
 
     def push(self, token: Token, peer: str) -> bool:
         """Take a token in; whether the answer is complete."""
         self.has_started = True
         self.has_moved = self.has_moved or peer == self.decode
-        self._early[token.position] = token
+        if token.position >= self._next:  # others came before, from a worker that did not know better
+            self._early[token.position] = token
         while (ready := self._early.pop(self._next, None)) is not None:
             self._next += 1
             self.queue.put_nowait(ready)
@@ -96,6 +98,14 @@ class ClusterStream:
         self._backend.cancel(self.uid)
 
 
+@dataclass
+class _Met:
+    """A worker that we are connected with: where, and until when it must be heard again."""
+
+    address: Address
+    silent_until: Deadline
+
+
 class ClusterBackend:
     """A cluster behind the gateway's seam.
 
@@ -116,7 +126,8 @@ class ClusterBackend:
         self._ask, self._limits = directory, limits
         self.directory = Directory()
         self._streams: dict[str, ClusterStream] = {}
-        self._heard: dict[str, Deadline] = {}  # connected worker -> until when it must be heard again
+        self._met: dict[str, _Met] = {}
+        self._retry: dict[Address, Deadline] = {}  # workers that could not be reached
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -150,7 +161,9 @@ class ClusterBackend:
                 await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
-        """Requests still open fail as retryable."""
+        """Requests still open fail as retryable. A second time does nothing."""
+        if self._stopping:
+            return
         self._stopping = True
         for task in self._tasks:
             task.cancel()
@@ -170,19 +183,24 @@ class ClusterBackend:
             route = self._router.choose(request)
         except NoRoute:
             raise Overloaded("the model is not running") from None
+        budget = Deadline.after(self._limits.request_seconds).left_us()
+        order = pack(Kind.GENERATE, Generate(request, route.decode), budget)
         stream = ClusterStream(self, request, route.first, route.decode.name if route.decode else None)
         self._streams[request.uid] = stream
-        budget = Deadline.after(self._limits.request_seconds).left_us()
-        self._send(route.first, pack(Kind.GENERATE, Generate(request, route.decode), budget))
+        self._send(route.first, order)
         if request.uid not in self._streams:  # the worker is gone: whoever reads is told
             raise ReplicaLost
         return stream
 
     def cancel(self, uid: str) -> None:
         """Drops a request, open or not."""
-        if stream := self._streams.pop(uid, None):
+        if stream := self._close(uid):
             for name in stream.needs:
                 self._send(name, pack(Kind.CANCEL, Cancel(uid)))
+
+    def _close(self, uid: str) -> ClusterStream | None:
+        self._router.settle(uid)
+        return self._streams.pop(uid, None)
 
     def load(self) -> WorkerLoad:
         started = sum(stream.has_started for stream in self._streams.values())
@@ -194,19 +212,36 @@ class ClusterBackend:
             num_pages=sum(load.num_pages for load in decoding),
         )
 
+    def parts(self) -> Parts:
+        statuses = self._router.statuses
+        workers = tuple(
+            WorkerReport(
+                entry.address.name,
+                entry.engine,
+                entry.node,
+                entry.pid,
+                replace(statuses[entry.address.name], keys_added=(), keys_removed=()),
+            )
+            for entry in self.directory.workers
+            if entry.address.name in statuses
+        )
+        return Parts(self.directory.epoch, workers, self.directory.experts)
+
     # What workers say
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Handle what has come; whether that was all."""
         for _ in range(_MAIL_AT_ONCE):
             try:
                 event = self._endpoint.receive(Deadline.after(0))
             except DeadlineExceeded:
-                return
-            if isinstance(event, PeerLost):
-                self._lost(event.peer, event.reason)
-            else:
+                return True
+            if not isinstance(event, PeerLost):
                 self._take(event)
+            elif event.peer not in self._endpoint.peers:  # else it speaks of an earlier connection
+                self._lost(event.peer, event.reason)
         asyncio.get_running_loop().call_soon(self._read_unless_stopped)
+        return False
 
     def _read_unless_stopped(self) -> None:
         if not self._stopping:
@@ -214,7 +249,9 @@ class ClusterBackend:
 
     def _take(self, received: Received) -> None:
         name, message = received.peer.name, received.message
-        self._heard[name] = Deadline.after(self._limits.silence_seconds)
+        if name not in self._met:  # lost meanwhile
+            return
+        self._met[name].silent_until = Deadline.after(self._limits.silence_seconds)
         try:
             match message.kind:
                 case Kind.TOKENS:
@@ -234,8 +271,11 @@ class ClusterBackend:
             stream = self._streams.get(token.uid)
             if stream is None:  # cancelled while this was on its way
                 continue
-            if stream.push(token, peer):
-                del self._streams[token.uid]
+            had_moved, is_complete = stream.has_moved, stream.push(token, peer)
+            if stream.has_moved and not had_moved:
+                self._router.settle(token.uid)
+            if is_complete:
+                self._close(token.uid)
             elif stream.queue.qsize() > self._limits.max_unread:
                 self.cancel(token.uid)
                 limit = self._limits.max_unread
@@ -257,25 +297,33 @@ class ClusterBackend:
                     self.directory = await self._ask()
             except Exception as error:  # the supervisor may be starting anew; the workers go on
                 _log.warning("nobody says who is there: %s", type(error).__name__)
+            if self._read():  # whoever is taken for silent has said nothing that we have not heard
+                for name in [name for name, met in self._met.items() if met.silent_until.is_over]:
+                    self._lose(name, f"it said nothing for {self._limits.silence_seconds} s")
             self._meet(self.directory.workers)
-            for name in [name for name, deadline in self._heard.items() if deadline.is_over]:
-                self._lose(name, f"it said nothing for {self._limits.silence_seconds} s")
             self._read()
             await asyncio.sleep(_DIRECTORY_SECONDS)
 
     def _meet(self, workers: Iterable[WorkerEntry]) -> None:
         for entry in workers:
-            name = entry.address.name
-            if name in self._endpoint.peers:
+            address, name = entry.address, entry.address.name
+            if met := self._met.get(name):
+                if met.address == address and name in self._endpoint.peers:
+                    continue
+                self._lose(name, "another took its place")
+            if address in self._retry and not self._retry[address].is_over:
                 continue
             try:
-                self._endpoint.connect(entry.address, Deadline.after(_CONNECT_SECONDS))
+                self._endpoint.connect(address, Deadline.after(_CONNECT_SECONDS))
                 self._endpoint.send(name, Message(Kind.WATCH), Deadline.after(_SEND_SECONDS))
             except TransportError as error:
                 _log.warning("worker %s cannot be reached yet: %s", name, error)
+                self._endpoint.disconnect(name)
+                self._retry[address] = Deadline.after(_RETRY_SECONDS)
                 continue
-            self._heard[name] = Deadline.after(self._limits.silence_seconds)
-            self._router.join(entry.address, entry.role)
+            self._retry.pop(address, None)
+            self._met[name] = _Met(address, Deadline.after(self._limits.silence_seconds))
+            self._router.join(address, entry.role)
 
     def _lose(self, name: str, reason: str) -> None:
         self._endpoint.disconnect(name)
@@ -283,7 +331,7 @@ class ClusterBackend:
 
     def _lost(self, name: str, reason: str) -> None:
         """A worker is gone, and with it what only it could go on with."""
-        if self._heard.pop(name, None) is None:
+        if self._met.pop(name, None) is None:
             return
         _log.warning("worker %s is lost: %s", name, reason)
         self._router.leave(name)
@@ -297,9 +345,10 @@ class ClusterBackend:
 
 
 def _as_error(failed: Failed) -> Exception:
-    answers: dict[Literal["replica_lost", "overloaded", "numerical_error"], Exception] = {
+    answers: dict[Literal["replica_lost", "overloaded", "timeout", "numerical_error"], Exception] = {
         "replica_lost": ReplicaLost(),
         "overloaded": Overloaded("the model has no room for this request now; try again a little later"),
+        "timeout": Refusal(RefusalKind.TIMEOUT, "the time for this request is spent", None, 1.0),
         "numerical_error": Refusal(
             RefusalKind.NUMERICAL, "the model computed no valid probabilities for this request"
         ),

@@ -6,16 +6,19 @@ tokens of each step with one call into the loop.
 
 import asyncio
 import logging
+import os
+import socket
 import threading
 from collections.abc import Callable, Iterable
 
-from cluster.gateway.backend import ModelFacts
+from cluster.gateway.backend import ModelFacts, Parts, WorkerReport
 from cluster.gateway.errors import Kind, Overloaded, Refusal, ReplicaLost, as_refusal
 from workers.dispatch import DispatchError
 from workers.engine import Engine, NumericalFailure
 from workers.load import WorkerLoad
 from workers.sequence import Request, Token
 from workers.transport.message import TransportError
+from workers.wire import WorkerStatus
 
 _log = logging.getLogger(__name__)
 
@@ -129,6 +132,22 @@ class EngineBackend:
             free_pages=pool.num_free,
             num_pages=pool.num_pages,
         )
+
+    def parts(self) -> Parts:
+        engine = self._engine
+        status = WorkerStatus(
+            "decode",
+            engine.load(),
+            drafted=tuple(engine.acceptance.drafted),
+            accepted=tuple(engine.acceptance.accepted),
+            num_drafts=engine.num_drafts,
+            steps=engine.num_steps,
+            tokens=engine.num_tokens,
+            hit_tokens=engine.num_hit_tokens,
+            prompt_tokens=engine.num_prompt_tokens,
+        )
+        report = WorkerReport("engine", "this process", socket.gethostname(), os.getpid(), status)
+        return Parts(0, (report,), ())
 
     # In the event loop
 

@@ -18,6 +18,7 @@ from cluster.gateway.http_guard import ClientGone, Guard, HttpLimits, WrongMetho
 from cluster.gateway.metrics import CONTENT_TYPE
 from cluster.gateway.openai_format import ChatFormat, CompletionFormat, Format, Json, usage_json
 from cluster.gateway.openapi import PREFIXES, openapi
+from cluster.gateway.status import ClusterStatus
 from cluster.gateway.strict_json import parse_object
 
 # Bodies up to this size are parsed in the event loop: a thread would cost more than they do.
@@ -39,6 +40,7 @@ def http_app(gateway: Gateway, keys: ApiKeys, limits: HttpLimits, version: str) 
         Route("/healthz", GetRoute(lambda path: JSONResponse({"status": "ok"}))),
         Route("/readyz", GetRoute(lambda path: _ready(gateway))),
         Route("/metrics", GetRoute(lambda path: _metrics(gateway))),
+        Route("/status", GetRoute(lambda path: _status(gateway))),
         Route("/version", GetRoute(lambda path: _version(gateway, version))),
         Route("/openapi.json", GetRoute(lambda path: JSONResponse(description))),
     ]
@@ -204,8 +206,12 @@ def _ready(gateway: Gateway) -> Response:
 
 
 def _metrics(gateway: Gateway) -> Response:
-    page = gateway.metrics.page(gateway.backend.load())
+    page = gateway.metrics.page(gateway.backend.load(), gateway.backend.parts())
     return Response(page, headers={"content-type": CONTENT_TYPE})
+
+
+def _status(gateway: Gateway) -> Response:
+    return Response(ClusterStatus.of(gateway).to_json(), headers={"content-type": "application/json"})
 
 
 def _version(gateway: Gateway, version: str) -> Response:

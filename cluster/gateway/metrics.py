@@ -1,7 +1,12 @@
 """Every metric of the gateway, declared once, in a registry of its own."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from cluster.gateway.backend import Parts, WorkerReport
 from workers.load import WorkerLoad
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -42,15 +47,77 @@ class Metrics:
             ["phase"],
             registry=self._registry,
         )
+        self._workers = _WorkerMetrics()
+        self._registry.register(self._workers)
         self._pages = Gauge(
             "eightfold_pages", "Pages of 64 tokens, in all and those that can be taken.", ["state"],
             registry=self._registry,
         )  # fmt: skip
 
-    def page(self, load: WorkerLoad) -> bytes:
+    def page(self, load: WorkerLoad, parts: Parts) -> bytes:
         """All of them in the text format of Prometheus."""
+        self._workers.parts = parts
         self._open.labels("waiting").set(load.waiting)
         self._open.labels("running").set(load.running)
         self._pages.labels("free").set(load.free_pages)
         self._pages.labels("all").set(load.num_pages)
         return generate_latest(self._registry)
+
+
+class _WorkerMetrics(Collector):
+    """What workers count themselves, as they told it last."""
+
+    def __init__(self) -> None:
+        self.parts = Parts(0, (), ())
+
+    def collect(self) -> Iterator[Metric]:
+        epoch = GaugeMetricFamily("eightfold_epoch", "Of the expert placement; it rises with each change.")
+        epoch.add_metric([], self.parts.epoch)
+        yield epoch
+        pages = GaugeMetricFamily(
+            "eightfold_worker_pages_used", "Pages that sequences hold.", labels=["role", "worker"]
+        )
+        queued = GaugeMetricFamily(
+            "eightfold_worker_queued_tokens",
+            "Tokens of prompts that have not been run.",
+            labels=["role", "worker"],
+        )
+        for worker in self.parts.workers:
+            load = worker.status.load
+            pages.add_metric([worker.status.role, worker.name], load.num_pages - load.free_pages)
+            queued.add_metric([worker.status.role, worker.name], load.queued_tokens)
+        yield pages
+        yield queued
+        for name, what, count in _WORKER_COUNTS:
+            family = CounterMetricFamily(f"eightfold_worker_{name}", what, labels=["role", "worker"])
+            for worker in self.parts.workers:
+                family.add_metric([worker.status.role, worker.name], getattr(worker.status, count))
+            yield family
+        yield from self._drafts()
+
+    def _drafts(self) -> Iterator[Metric]:
+        drafts = CounterMetricFamily(
+            "eightfold_drafts",
+            "Drafts by their place behind the known tokens: judged by the model, and accepted.",
+            labels=["worker", "place", "state"],
+        )
+        for worker in self.parts.workers:
+            for state, counts in _draft_counts(worker):
+                for place, count in enumerate(counts, start=1):
+                    drafts.add_metric([worker.name, str(place), state], count)
+        yield drafts
+
+
+# Name, help, and the field of `WorkerStatus`.
+_WORKER_COUNTS = (
+    ("steps", "Steps run.", "steps"),
+    ("tokens", "Tokens drawn.", "tokens"),
+    ("prompt_tokens", "Tokens of prompts that were started.", "prompt_tokens"),
+    ("hit_tokens", "Those of them that were found in cached pages.", "hit_tokens"),
+    ("dispatched_tokens", "Tokens sent to experts, once a layer.", "dispatched"),
+    ("dispatched_copies", "Copies of them, one a node that holds one of their experts.", "copies"),
+)
+
+
+def _draft_counts(worker: WorkerReport) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return ("judged", worker.status.drafted), ("accepted", worker.status.accepted)

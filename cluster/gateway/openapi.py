@@ -56,6 +56,7 @@ def openapi(gateway: Gateway, keys: ApiKeys, version: str) -> Json:
             "What runs here.",
             {"version": _TEXT, "model": {"const": gateway.model}, "weights_digest": _hex(64)},
         ),
+        "/status": _shown("For operators: the parts of the cluster.", _json({"type": "object"})),
         "/openapi.json": _shown("This description.", _json({"type": "object"})),
     }
     for prefix in PREFIXES:

@@ -1,4 +1,4 @@
-"""A cluster of the test's own: Ray, supervisor, experts, engines, and the gateway in a thread of this process."""
+"""A cluster of the test's own: Ray, supervisor, experts, engines; the gateway in a thread of this process."""
 
 import asyncio
 import os
@@ -36,6 +36,12 @@ class Cluster:
     def pid(self, title: str) -> int:
         """A process of this cluster whose title contains a text."""
         return next(pid for pid in _descendants(os.getpid()) if title in _title(pid))
+
+    @property
+    def num_decoding(self) -> int:
+        """Sequences that decode workers run."""
+        statuses = self.backend.statuses.values()
+        return sum(status.load.running for status in statuses if status.role == "decode")
 
     @property
     def pages_in_use(self) -> int:

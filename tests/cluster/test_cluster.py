@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -59,6 +60,22 @@ def test_turn_two_of_a_chat_finds_the_pages_that_decode_made(cluster: Cluster) -
     assert second["usage"]["prompt_cache_hit_tokens"] > len(prompt_ids)
 
 
+def test_choices_share_the_prompt_s_pages(cluster: Cluster) -> None:
+    def prompt_tokens() -> tuple[int, int]:
+        status = next(s for s in cluster.backend.statuses.values() if s.role == "prefill")
+        return status.prompt_tokens, status.hit_tokens
+
+    prompt_ids = (*PROMPTS["lookup_1000"][0][:900], 7, 7, 7)
+    time.sleep(0.5)  # the last report is on its way
+    started, hit = prompt_tokens()
+    response = cluster.complete(prompt_ids, max_tokens=8, n=4, temperature=1, seed=3)
+    assert len({choice["text"] for choice in response.json()["choices"]}) > 1
+    wait_until(lambda: prompt_tokens()[0] == started + 4 * len(prompt_ids), 10)
+    # Three of the four find all full pages of the first.
+    assert prompt_tokens()[1] - hit >= 3 * (len(prompt_ids) // 64 * 64)
+    wait_until(lambda: cluster.pages_in_use == 0, 10)
+
+
 def expert(cluster: Cluster) -> int:
     return cluster.backend.directory.experts[3].pid
 
@@ -84,7 +101,7 @@ def test_a_killed_actor_is_a_retryable_error_and_comes_back(
 ) -> None:
     with ThreadPoolExecutor() as threads:
         pending = [threads.submit(cluster.complete, PROMPTS["code"][0], max_tokens=200) for _ in range(3)]
-        wait_until(lambda: cluster.backend.load().running == 3)
+        wait_until(lambda: cluster.num_decoding == 3)
         os.kill(victim(cluster), signal.SIGKILL)
         took = wait_until(lambda: all(one.done() for one in pending))
         answers = [one.result() for one in pending]

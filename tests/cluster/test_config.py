@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.commands.serve import EMBEDDED
 from cluster.config import ClusterConfig, ConfigError
+from workers.engine import EngineConfig
 
 
 def load(tmp_path: Path, text: str) -> ClusterConfig:
@@ -52,6 +54,11 @@ def test_paths_start_from_the_file(tmp_path: Path) -> None:
         ("model: {dtype: float16}", "model.dtype: is 'float16'"),
         ("engine: {chunk: 0}", "engine.chunk: is 0"),
         ("engine: {drafts: 9}", "engine.drafts: is 9"),
+        ("engine: {drafts: many}", "engine.drafts: is 'many'; it should be 0, 1, 2, 3 or 'auto'"),
+        ("prefill: {engines: 1}", "decode is missing: give both prefill and decode, or neither"),
+        ("decode: {engines: 0}\nprefill: {}", "decode.engines: is 0"),
+        ("experts: {spread: wide}", "experts.spread: is 'wide'"),
+        ("model: {deterministic: true, attention: dense}", "sparse only"),
         ("engine: {chunk: 1, chunk: 2}", "'chunk' stands twice in line 1"),
         ("a: &x [1]\nb: *x", "aliases are not used here in line 2"),
         ("a: !!python/object/apply:os.system [ls]", "is not YAML that can be used"),
@@ -71,6 +78,17 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
     assert str(caught.value).startswith("cluster.yaml")
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_the_description_of_make_serve_is_a_cluster_of_eight_expert_actors() -> None:
+    config = ClusterConfig.load(EMBEDDED)
+    assert config.is_disaggregated
+    assert (config.experts.placement, config.experts.nodes) == ("pool", 8)
+    assert config.engine.config() == EngineConfig(num_drafts=3, adapt=True)
+
+
+def test_deterministic_arithmetic_is_one_word(tmp_path: Path) -> None:
+    assert load(tmp_path, "model: {deterministic: true}").model.options().kernels == "deterministic"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
