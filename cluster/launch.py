@@ -172,7 +172,7 @@ def _start_parts(config: ClusterConfig, shared: Any, stack: ExitStack, say: Say)
     if config.experts.placement == "pool":
         say(f"starting {config.experts.nodes} expert actors")
     supervisor = start_supervisor(config, shared)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     if config.ray.address != "local":  # a Ray of our own takes Serve with it when it ends
         for role in ("prefill", "decode"):
             stack.callback(serve.delete, role)

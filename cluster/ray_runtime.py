@@ -1,5 +1,6 @@
 """A Ray of our own on this machine: loopback only, its own folder, nothing joined and nothing left behind."""
 
+import logging
 import os
 import secrets
 import tempfile
@@ -46,8 +47,10 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     Args:
         num_cpus: what Ray believes the machine to have; it starts so many idle workers ahead of need.
     """
+    for name in ("ray", "ray.serve"):  # what they report of themselves is no news to our users
+        logging.getLogger(name).setLevel(logging.ERROR)
     folder = tempfile.TemporaryDirectory(prefix="eightfold-", ignore_cleanup_errors=True)
-    with ray_settings(), folder as name:
+    with ray_settings(), folder as path:
         try:
             ray.init(
                 address="local",
@@ -55,7 +58,8 @@ def local_ray(num_cpus: int) -> Iterator[None]:
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
-                _temp_dir=name,
+                logging_level=logging.ERROR,
+                _temp_dir=path,
             )
             yield
         finally:
