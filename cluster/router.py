@@ -5,7 +5,9 @@ Decode goes where the largest share of pages stays free once the request is in, 
 among equals. A prompt that goes on from an answer (turn two of a chat) lies in the pages of the worker that
 decoded it; if only little is new, that worker runs all of it, and no page moves.
 
-The router knows what workers tell several times a second, and what it has sent since.
+The router knows what workers tell several times a second, and what it has sent since. A decode worker hears
+of a sequence only when its prefill starts, so its pages count here until its tokens come (`settle`). Among
+equals, workers take turns.
 """
 
 import time
@@ -20,7 +22,7 @@ from workers.sequence import Request
 from workers.transport.protocol import Address
 from workers.wire import Role, WorkerStatus, short_key
 
-# A worker's report covers what was sent to it so long before.
+# A worker's report covers what was sent to it so long before it came.
 _REPORT_SECONDS = 0.3
 
 
@@ -39,22 +41,34 @@ class Route:
 
 @dataclass
 class _Known:
-    """A worker as the router sees it."""
+    """A worker as the router sees it.
+
+    Attributes:
+        sent: what its report may not cover yet: when, and how many tokens are to be computed.
+        coming: pages that requests will take here, by uid, until they are settled.
+    """
 
     address: Address
     role: Role
     status: WorkerStatus
     keys: set[str] = field(default_factory=set)
-    sent: list[tuple[float, int, int]] = field(default_factory=list)  # when, tokens to compute, pages
+    sent: list[tuple[float, int]] = field(default_factory=list)
+    coming: dict[str, int] = field(default_factory=dict)
+    num_chosen: int = 0
 
     @property
     def queued_tokens(self) -> int:
-        return self.status.load.queued_tokens + sum(tokens for _, tokens, _ in self.sent)
+        return self.status.load.queued_tokens + sum(tokens for _, tokens in self.sent)
 
     @property
     def used_pages(self) -> int:
         load = self.status.load
-        return load.num_pages - load.free_pages + sum(pages for _, _, pages in self.sent)
+        return load.num_pages - load.free_pages + sum(self.coming.values())
+
+    def compute(self, num_tokens: int) -> None:
+        """So many tokens of a prompt are sent here."""
+        self.sent.append((time.monotonic(), num_tokens))
+        self.num_chosen += 1
 
     def num_hit(self, keys: Sequence[str]) -> int:
         """Tokens of the longest prefix that lies in pages here."""
@@ -116,27 +130,33 @@ class Router:
         decode = self._best_decode(keys, longest)
         prefill = self._best_prefill(keys, prompt)
         hit_there, hit_here = decode.num_hit(keys), prefill.num_hit(keys)
-        num_pages = pages_for(longest) - hit_there // PAGE_SIZE
+        decode.coming[request.uid] = pages_for(longest) - hit_there // PAGE_SIZE
         if hit_there > hit_here and prompt - hit_there <= self._local_prefill_tokens:
-            decode.sent.append((time.monotonic(), prompt - hit_there, num_pages))
+            decode.compute(prompt - hit_there)
             return Route(decode.address.name, None, hit_there)
-        prefill.sent.append((time.monotonic(), prompt - hit_here, pages_for(prompt)))
-        decode.sent.append((time.monotonic(), 0, num_pages))
+        prefill.compute(prompt - hit_here)
+        decode.num_chosen += 1
         return Route(prefill.address.name, decode.address, hit_here)
 
+    def settle(self, uid: str) -> None:
+        """A request decodes, which reports cover, or it has ended."""
+        for known in self._workers.values():
+            known.coming.pop(uid, None)
+
     def _best_prefill(self, keys: list[str], num_prompt: int) -> _Known:
-        def work(known: _Known) -> tuple[int, int, str]:
+        def work(known: _Known) -> tuple[int, int, int, str]:
             left = num_prompt - known.num_hit(keys)
-            return known.queued_tokens + left, known.status.load.waiting, known.address.name
+            waiting = known.status.load.waiting
+            return known.queued_tokens + left, waiting, known.num_chosen, known.address.name
 
         return min(self._of("prefill"), key=work)
 
     def _best_decode(self, keys: list[str], longest: int) -> _Known:
-        def fill(known: _Known) -> tuple[float, int, str]:
+        def fill(known: _Known) -> tuple[float, int, int, int, str]:
             load = known.status.load
             needed = pages_for(longest) - known.num_hit(keys) // PAGE_SIZE
             share = (known.used_pages + needed) / max(1, load.num_pages)
-            return share + known.queued_tokens * 1e-9, load.running, known.address.name
+            return share, known.queued_tokens, load.running, known.num_chosen, known.address.name
 
         return min(self._of("decode"), key=fill)
 

@@ -91,6 +91,7 @@ class PageSender:
         self._engine, self._cache, self._endpoint = engine, cache, endpoint
         self._lease, self._num_layers = lease, num_layers
         self._handoffs: dict[str, Handoff] = {}
+        self._targets: dict[str, Address] = {}  # where we connected, by name
         self.num_pages = 0  # sent, each layer's counted
 
     def __contains__(self, uid: str) -> bool:
@@ -103,7 +104,7 @@ class PageSender:
         )
 
     def on_layer(self, batch: Batch, layer: int) -> None:
-        """Push what a layer has completed of each sequence; the MTP layer follows one step behind."""
+        """Push what a layer has completed of each sequence; the MTP layer follows in the next step."""
         for share in batch.shares:
             handoff = self._handoffs.get(share.sequence.request.uid)
             if handoff is None:
@@ -113,14 +114,10 @@ class PageSender:
             if handoff.lease is None or handoff.expiry.is_over:
                 continue
             done = share.sequence.num_cached
+            if layer == 0:  # what was complete before: the MTP layer's, and all if the grant has just come
+                for every in range(self._num_layers):
+                    self._push(handoff, share.sequence, every, done // PAGE_SIZE)
             self._push(handoff, share.sequence, layer, (done + share.num_known) // PAGE_SIZE)
-            if layer == 0:
-                for behind in range(self._cache_layers_of_model, self._num_layers):
-                    self._push(handoff, share.sequence, behind, done // PAGE_SIZE)
-
-    @property
-    def _cache_layers_of_model(self) -> int:
-        return len(self._cache.layers) - 1
 
     def first_token(self, token: Token) -> None:
         """The prefill is over: the rest of the pages can follow."""
@@ -180,12 +177,16 @@ class PageSender:
         return Lapse(uid, why)
 
     def _ask(self, handoff: Handoff) -> None:
+        target = handoff.target
+        if self._targets.setdefault(target.name, target) != target:  # a successor that took its name
+            self._part_from(target.name)
+            self._targets[target.name] = target
         handoff.sent = [0] * self._num_layers
         body = Reserve(handoff.request, handoff.client, self._lease.digest)
         try:
-            self._endpoint.connect(handoff.target, Deadline.after(_CONNECT_SECONDS))
+            self._endpoint.connect(target, Deadline.after(_CONNECT_SECONDS))
         except TransportError as error:
-            _log.warning("cannot hand over to %s: %s", handoff.target.name, error)
+            _log.warning("cannot hand over to %s: %s", target.name, error)
             handoff.expiry = Deadline.after(0)
             return
         self._send(handoff, pack(Kind.RESERVE, body, _budget_us(handoff.deadline)))
@@ -241,7 +242,7 @@ class PageSender:
                 self._part_from(handoff.target.name)
 
     def _part_from(self, target: str) -> None:
-        """Give up a decode worker that does not read: we cannot wait for it once for every sequence."""
+        """Give up a decode worker with all that goes there, which need not be waited for once a sequence."""
         self._endpoint.disconnect(target)
         for handoff in self._handoffs.values():
             if handoff.target.name == target and handoff.sent:
