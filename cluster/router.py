@@ -46,6 +46,7 @@ class _Known:
     Attributes:
         sent: what its report may not cover yet: when, and how many tokens are to be computed.
         coming: pages that requests will take here, by uid, until they are settled.
+        promised: pages that will lie here once such requests have been prefilled.
     """
 
     address: Address
@@ -54,6 +55,7 @@ class _Known:
     keys: set[str] = field(default_factory=set)
     sent: list[tuple[float, int]] = field(default_factory=list)
     coming: dict[str, int] = field(default_factory=dict)
+    promised: dict[str, frozenset[str]] = field(default_factory=dict)
     num_chosen: int = 0
 
     @property
@@ -65,14 +67,20 @@ class _Known:
         load = self.status.load
         return load.num_pages - load.free_pages + sum(self.coming.values())
 
-    def compute(self, num_tokens: int) -> None:
+    def compute(self, uid: str, keys: Sequence[str], num_tokens: int) -> None:
         """So many tokens of a prompt are sent here."""
         self.sent.append((time.monotonic(), num_tokens))
+        self.promised[uid] = frozenset(keys)
         self.num_chosen += 1
 
     def num_hit(self, keys: Sequence[str]) -> int:
-        """Tokens of the longest prefix that lies in pages here."""
-        known = next((i for i, key in enumerate(keys) if key not in self.keys), len(keys))
+        """Tokens of the longest prefix that lies in pages here, or is being computed."""
+        if not keys:
+            return 0
+        # Prompts that begin alike share their first page.
+        alike = [promised for promised in self.promised.values() if keys[0] in promised]
+        there = self.keys.union(*alike) if alike else self.keys
+        known = next((i for i, key in enumerate(keys) if key not in there), len(keys))
         return known * PAGE_SIZE
 
 
@@ -132,9 +140,9 @@ class Router:
         hit_there, hit_here = decode.num_hit(keys), prefill.num_hit(keys)
         decode.coming[request.uid] = pages_for(longest) - hit_there // PAGE_SIZE
         if hit_there > hit_here and prompt - hit_there <= self._local_prefill_tokens:
-            decode.compute(prompt - hit_there)
+            decode.compute(request.uid, keys, prompt - hit_there)
             return Route(decode.address.name, None, hit_there)
-        prefill.compute(prompt - hit_here)
+        prefill.compute(request.uid, keys, prompt - hit_here)
         decode.num_chosen += 1
         return Route(prefill.address.name, decode.address, hit_here)
 
@@ -142,10 +150,12 @@ class Router:
         """A request decodes, which reports cover, or it has ended."""
         for known in self._workers.values():
             known.coming.pop(uid, None)
+            known.promised.pop(uid, None)
 
     def _best_prefill(self, keys: list[str], num_prompt: int) -> _Known:
         def work(known: _Known) -> tuple[int, int, int, str]:
-            left = num_prompt - known.num_hit(keys)
+            # What is left counts twice: the request waits for it, and so does whoever comes after it.
+            left = 2 * (num_prompt - known.num_hit(keys))
             waiting = known.status.load.waiting
             return known.queued_tokens + left, waiting, known.num_chosen, known.address.name
 

@@ -16,7 +16,6 @@ PAGES: header: sequence = lease, layer, step = number of the first page within t
 """
 
 import logging
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -189,7 +188,7 @@ class PageSender:
             _log.warning("cannot hand over to %s: %s", target.name, error)
             handoff.expiry = Deadline.after(0)
             return
-        self._send(handoff, pack(Kind.RESERVE, body, _budget_us(handoff.deadline)))
+        self._send(handoff, pack(Kind.RESERVE, body, handoff.deadline.left_us()))
 
     def granted(self, peer: Peer, grant: Grant) -> None:
         """Pages are reserved: push what is computed."""
@@ -403,11 +402,6 @@ class PageReceiver:
             self._endpoint.send(arrival.peer, message, Deadline.after(self._lease.seconds))
         except TransportError as error:
             _log.warning("%s did not hear from us: %s", arrival.peer, error)
-
-
-def _budget_us(deadline: Deadline) -> int:
-    """A deadline as a header carries it: 0 is no deadline at all, so one that is over still has a moment."""
-    return max(1, deadline.left_us()) if math.isfinite(deadline.at) else 0
 
 
 def _why_over(deadline: Deadline) -> Why:

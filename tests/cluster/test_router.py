@@ -89,7 +89,7 @@ def test_prefill_goes_where_least_is_left_to_compute() -> None:
     route = router.choose(ask(prompt))
     assert (route.first, route.num_hit) == ("prefill-0", 640)
     router = a_router()
-    tell(router, "prefill-0", queued=700, added=keys_of(prompt, 10))  # 1060 left: to wait costs more
+    tell(router, "prefill-0", queued=1400, added=keys_of(prompt, 10))  # now to wait costs more
     route = router.choose(ask(prompt))
     assert (route.first, route.num_hit) == ("prefill-1", 0)
 
@@ -240,3 +240,21 @@ def test_pages_count_from_the_choice_until_their_tokens_come(monkeypatch) -> Non
     tell(router, first, used=10)
     tell(router, next(name for name in ("decode-0", "decode-1") if name != first), used=20)
     assert decode_of(router.choose(ask((1, 2), uid="b"))) == first
+
+
+def test_choices_of_one_prompt_go_where_the_first_went() -> None:
+    """Idle workers would each compute the prompt; the one that has begun it lets the others share."""
+    router = Router(HASHER, 0)
+    for name in ("p1", "p2"):
+        router.join(Address(name), "prefill")
+    router.join(Address("d"), "decode")
+    prompt = tuple(range(700))
+    routes = [
+        router.choose(Request(f"r-{choice}", prompt, SamplingParams(max_tokens=4), choice=choice))
+        for choice in range(4)
+    ]
+    assert len({route.first for route in routes}) == 1
+    assert [route.num_hit for route in routes] == [0, 640, 640, 640]
+    for choice in range(4):
+        router.settle(f"r-{choice}")
+    assert router.choose(Request("other", prompt, SamplingParams(max_tokens=4))).num_hit == 0

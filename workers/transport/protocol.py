@@ -10,6 +10,7 @@
 Every wait has a `Deadline`. Every queue has a bound, and a sender who meets it waits until his deadline.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -110,8 +111,8 @@ class Deadline:
         return max(0.0, self.at - time.monotonic())
 
     def left_us(self) -> int:
-        """Microseconds, as a header carries them."""
-        return int(self.left() * 1e6)
+        """Microseconds, as a header carries them: 0 is no deadline, so one that is over has a moment left."""
+        return max(1, int(self.left() * 1e6)) if math.isfinite(self.at) else 0
 
     @property
     def is_over(self) -> bool:
