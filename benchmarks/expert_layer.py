@@ -103,13 +103,20 @@ def stop_with(pipe: Connection, stop: threading.Event) -> None:
 
 
 @contextmanager
-def in_processes() -> Iterator[Hop]:
+def expert_processes() -> Iterator[ExpertPlacement]:
+    """A worker for each group, in processes of their own."""
     with ExitStack() as stack:
         pipes = [stack.enter_context(process(worker_process, index)) for index in range(NUM_WORKERS)]
         placement = placement_of([pipe.recv() for pipe in pipes])
         for pipe in pipes:
             pipe.send(placement)
         assert [pipe.recv() for pipe in pipes] == ["ready"] * NUM_WORKERS
+        yield placement
+
+
+@contextmanager
+def in_processes() -> Iterator[Hop]:
+    with expert_processes() as placement:
         endpoint = new_endpoint("model", same_host=True)
         yield dispatcher(endpoint, placement)
         endpoint.close()

@@ -1,11 +1,13 @@
-"""Hops between processes of this machine, and one layer's dispatch to expert workers.
+"""What messages cost: hops between processes of this machine, and what is made of them.
 
-    python -m benchmarks.hops [--rounds 20] [--hops 200] [--layers 20]
+    python -m benchmarks.hops [--rounds 20] [--hops 200] [--layers 20] [--steps 60] [--tokens 400]
 
 A hop is half a round trip to a process that sends back what it gets. The bare primitives (`bare_hops.py`)
-move the same 64 KiB and do nothing else. Rounds alternate between all paths, so that whatever else the
-machine does hits all of them; what counts are the ratios within one run. Prints a table and writes JSON
-beside the other results.
+move the same 64 KiB and do nothing else. Then come one layer's dispatch to expert workers, a control message
+and its answer (`control.py`), decode steps with experts elsewhere (`decode_steps.py`), the gateway's work for
+a token (`gateway_tokens.py`), and how often a token is sent (`copies.py`). What is compared takes turns, so
+that whatever else the machine does hits all of it; what counts are the ratios within one run. Prints tables
+and writes JSON beside the other results.
 """
 
 import argparse
@@ -25,13 +27,16 @@ from typing import Any
 import torch
 
 from benchmarks.bare_hops import BARE, SIZE, Hop, bare
+from benchmarks.control import CONTROL
+from benchmarks.copies import copies
+from benchmarks.decode_steps import decode_steps
 from benchmarks.expert_layer import LAYERS
+from benchmarks.gateway_tokens import gateway_tokens
 from benchmarks.processes import new_endpoint, process, soon
 from workers.transport.message import Message
 from workers.transport.protocol import Deadline, DeadlineExceeded, Endpoint, Received
 
 RESULTS = Path(__file__).parent / "results"
-TOKEN = b"nothing secret in a benchmark..."
 
 
 def echo(endpoint: Endpoint, pipe: Connection) -> None:
@@ -108,15 +113,8 @@ def summary(times: list[float]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--hops", type=int, default=200)
-    parser.add_argument("--layers", type=int, default=20)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def paths(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Times of hops, layers and control messages."""
     rows = {}
     for cores, core in CORES.items():
         os.sched_setaffinity(0, {0})  # left to itself, the scheduler chooses differently from run to run
@@ -124,18 +122,14 @@ def main() -> None:
         for name, times in alternate(hops, options.rounds, options.hops).items():
             rows[f"{name}, {cores}"] = summary([one / 2 for one in times])
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    layers = alternate(LAYERS, options.rounds, options.layers)
-    rows.update((name, summary(times)) for name, times in layers.items())
-    print(f"{'':<36}{'p50 us':>9}{'p99 us':>9}{'least us':>10}")
-    for name, row in rows.items():
-        print(f"{name:<36}{row['p50_us']:>9}{row['p99_us']:>9}{row['least_us']:>10}")
-    ratios = {
-        f"{ours} / {theirs}": round(rows[ours]["p50_us"] / rows[theirs]["p50_us"], 2)
-        for ours, theirs in COMPARED
-    }
-    for name, ratio in ratios.items():
-        print(f"{name}: {ratio}")
-    report = {
+    for group, count in ((LAYERS, options.layers), (CONTROL, options.hops)):
+        for name, times in alternate(group, options.rounds, count).items():
+            rows[name] = summary(times)
+    return rows
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -143,9 +137,43 @@ def main() -> None:
         "torch": torch.__version__,
         "message_bytes": SIZE,
         "rounds": options.rounds,
-        "paths": rows,
-        "ratios": ratios,
+        "paths": (rows := paths(options)),
+        "ratios": {
+            f"{ours} / {theirs}": round(rows[ours]["p50_us"] / rows[theirs]["p50_us"], 2)
+            for ours, theirs in COMPARED
+        },
+        "decode_steps": decode_steps(options.steps),
+        "gateway_cpu_us_a_token": gateway_tokens(options.tokens),
+        "copies_a_token": copies(),
     }
+    return report | {"load_at_end": os.getloadavg()[0]}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    table = {"": report["paths"], **report["decode_steps"], "copies a token": report["copies_a_token"]}
+    for title, rows in table.items():
+        print(f"\n{title}")
+        for name, row in rows.items():
+            print(f"{name:<36}", "  ".join(f"{key} {value}" for key, value in row.items()))
+    for title in ("ratios", "gateway_cpu_us_a_token"):
+        print(f"\n{title}")
+        for name, value in report[title].items():
+            print(f"{name:<60}{value}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--hops", type=int, default=200)
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=60, help="decode steps of each side and batch")
+    parser.add_argument("--tokens", type=int, default=400, help="of each stream through the gateway")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    report = measure(options)
+    print_report(report)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"hops_cpu_{report['date']}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")

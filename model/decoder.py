@@ -2,9 +2,13 @@
 
 Reads from top to bottom like the paper. `forward` returns hidden states after the final norm; `logits` and
 the MTP module both start from them.
+
+A layer's update of the residual stream is taken by whoever adds it, the next layer's norm. So its rows may
+be at the experts while another micro-batch goes through the attention of the same layer
+(`Decoder.forward_in_turn`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +22,7 @@ from model.attention import Attention, AttentionMode
 from model.checkpoint import Weights
 from model.config import ModelConfig
 from model.inputs import ForwardInputs
-from model.moe import Experts, FeedForward, MoE
+from model.moe import Done, Experts, FeedForward, MoE, PendingSum
 from model.pages import LayerPages, PageCache
 from model.rope import rope_angles, rope_frequencies
 
@@ -59,14 +63,14 @@ class DecoderLayer:
 
     def forward(
         self,
-        update: Tensor | None,
+        update: PendingSum | None,
         residual: Tensor,
         inputs: ForwardInputs,
         angles: tuple[Tensor, Tensor],
         pages: LayerPages,
         trace: Trace | None,
-    ) -> tuple[Tensor, Tensor]:
-        """One layer.
+    ) -> tuple[PendingSum, Tensor]:
+        """One layer, up to where its rows are at the experts.
 
         Args:
             update: [T, D], what the previous layer adds to the residual stream and has not added yet.
@@ -78,13 +82,15 @@ class DecoderLayer:
         if update is None:
             x = rms_norm(residual, self._input_norm, self._eps, backend=self._backend)
         else:
-            x, residual = add_rms_norm(update, residual, self._input_norm, self._eps, backend=self._backend)
-        update = self.attention.forward(x, inputs, angles, pages, trace.selected if trace else None)
-        x, residual = add_rms_norm(update, residual, self._post_norm, self._eps, backend=self._backend)
+            x, residual = add_rms_norm(
+                update.result(), residual, self._input_norm, self._eps, backend=self._backend
+            )
+        attended = self.attention.forward(x, inputs, angles, pages, trace.selected if trace else None)
+        x, residual = add_rms_norm(attended, residual, self._post_norm, self._eps, backend=self._backend)
         if self._dense:
-            return self._dense.forward(x), residual
+            return Done(self._dense.forward(x)), residual
         assert self._moe
-        return self._moe.forward(x, trace.routed if trace else None), residual
+        return self._moe.submit(x, trace.routed if trace else None), residual
 
 
 class MTP:
@@ -127,7 +133,37 @@ class MTP:
         hidden = rms_norm(hidden, self._hnorm, self._eps, backend=self._backend)
         residual = linear(torch.cat([embedded, hidden], dim=-1), self._eh_proj, backend=self._backend)
         update, residual = self._layer.forward(None, residual, inputs, angles, pages, trace)
-        return add_rms_norm(update, residual, self._norm, self._eps, backend=self._backend)[0]
+        return add_rms_norm(update.result(), residual, self._norm, self._eps, backend=self._backend)[0]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some of a step's sequences, which go through the layers together.
+
+    `on_layer` is told the number of each layer whose pages hold their rows; these may be at the experts then.
+    """
+
+    inputs: ForwardInputs
+    trace: Trace | None = None
+    on_layer: Callable[[int], None] | None = None
+
+
+@dataclass
+class _Flow:
+    """A micro-batch between two layers: the residual stream [T, D], and what is to be added to it."""
+
+    batch: MicroBatch
+    angles: tuple[Tensor, Tensor]
+    residual: Tensor
+    update: PendingSum | None = None
+
+    def through(self, number: int, layer: DecoderLayer, pages: LayerPages) -> None:
+        batch = self.batch
+        self.update, self.residual = layer.forward(
+            self.update, self.residual, batch.inputs, self.angles, pages, batch.trace
+        )
+        if batch.on_layer:
+            batch.on_layer(number)
 
 
 class Decoder:
@@ -171,19 +207,39 @@ class Decoder:
         """Run the rows through every layer, filling their pages.
 
         Args:
-            on_layer: told the number of each layer whose pages are filled.
+            on_layer: as of a `MicroBatch`.
 
         Returns:
             [T, D] hidden states after the final norm.
         """
-        angles = rope_angles(self._frequencies, inputs.positions)
-        update, residual = None, self._embedding[inputs.token_ids]
-        for number, (layer, pages) in enumerate(zip(self.layers, cache.layers, strict=False)):
-            update, residual = layer.forward(update, residual, inputs, angles, pages, trace)
-            if on_layer:
-                on_layer(number)
-        assert update is not None
-        return add_rms_norm(update, residual, self._norm, self.config.rms_norm_eps, backend=self._backend)[0]
+        return self.forward_in_turn([MicroBatch(inputs, trace, on_layer)], cache)[0]
+
+    def forward_in_turn(self, batches: Sequence[MicroBatch], cache: PageCache) -> list[Tensor]:
+        """As `forward` of several: each computes attention while the rows of the others are at the experts.
+
+        Returns:
+            For each micro-batch [T, D] hidden states after the final norm.
+        """
+        flows = [self._flow(batch) for batch in batches]
+        try:
+            for number, (layer, pages) in enumerate(zip(self.layers, cache.layers, strict=False)):
+                for flow in flows:
+                    flow.through(number, layer, pages)
+            return [self._final_norm(flow) for flow in flows]
+        except BaseException:
+            for flow in flows:  # one has failed: nobody takes what the others have at the experts
+                if flow.update is not None:
+                    flow.update.drop()
+            raise
+
+    def _flow(self, batch: MicroBatch) -> _Flow:
+        angles = rope_angles(self._frequencies, batch.inputs.positions)
+        return _Flow(batch, angles, self._embedding[batch.inputs.token_ids])
+
+    def _final_norm(self, flow: _Flow) -> Tensor:
+        assert flow.update is not None
+        update, eps = flow.update.result(), self.config.rms_norm_eps
+        return add_rms_norm(update, flow.residual, self._norm, eps, backend=self._backend)[0]
 
     def draft(
         self, inputs: ForwardInputs, hidden: Tensor, cache: PageCache, trace: Trace | None = None

@@ -5,9 +5,7 @@ In one process that is `LocalExperts`; on a cluster it is the expert pool. Shape
 width, E experts, k experts a token.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -32,10 +30,14 @@ class DispatchPlan:
 
 
 class PendingSum(Protocol):
-    """A layer's routed experts at work, perhaps elsewhere."""
+    """[T, D] of a layer that others may still be computing."""
 
     def result(self) -> Tensor:
-        """[T, D] float32: for each token the weighted sum of its experts, in the tree of groups."""
+        """Wait for it and take it; may be called once, and the tensor is the caller's own."""
+        ...
+
+    def drop(self) -> None:
+        """Nobody will take it; where it was taken already, nothing happens."""
         ...
 
 
@@ -43,15 +45,24 @@ class Experts(Protocol):
     """Whoever computes the routed experts of all layers."""
 
     def submit(self, layer: int, x: Tensor, plan: DispatchPlan) -> PendingSum:
-        """Begin with the rows of x [T, D]; x and plan must stay as they are until the result is taken."""
+        """Begin with the rows of x [T, D]; x and plan must stay as they are until the result is taken.
+
+        The result is float32: for each token the weighted sum of its experts, in the tree of groups.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class _Deferred:
-    """Work of this process, done when its result is taken."""
+class Done:
+    """As `PendingSum`, of what is there already."""
 
-    result: Callable[[], Tensor]
+    value: Tensor
+
+    def result(self) -> Tensor:
+        return self.value
+
+    def drop(self) -> None:
+        pass
 
 
 class FeedForward:
@@ -123,8 +134,8 @@ class LocalExperts:
             stable(self._down[layer][0], backend=backend)
 
     def submit(self, layer: int, x: Tensor, plan: DispatchPlan) -> PendingSum:
-        """As `Experts.submit`; `forward` runs when the result is taken."""
-        return _Deferred(partial(self.forward, layer, x, plan))
+        """As `Experts.submit`; nobody else is there to do it meanwhile, so it is done at once."""
+        return Done(self.forward(layer, x, plan))
 
     def forward(self, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
         """[T, D] float32: the share of the weighted sum that the groups held here make."""
@@ -165,11 +176,29 @@ class MoE:
         self.gate = Gate(config, weights, f"{prefix}.gate", backend)
         self._shared = FeedForward(weights, f"{prefix}.shared_experts", backend)
 
-    def forward(self, x: Tensor, routed: list[Tensor] | None = None) -> Tensor:
-        """[T, D] to [T, D]; `routed`, where given, receives the experts [T, k] int64 of each token."""
+    def submit(self, x: Tensor, routed: list[Tensor] | None = None) -> PendingSum:
+        """[T, D] to [T, D], of x's type, as soon as the experts have answered.
+
+        Args:
+            routed: where given, receives the experts [T, k] int64 of each token.
+        """
         plan = self.gate.forward(x)
         if routed is not None:
             routed.append(plan.experts)
         pending = self._experts.submit(self._layer, x, plan)
         shared = self._shared.forward(x)  # runs while the rows are on their way
-        return pending.result().add_(shared.float()).to(x.dtype)
+        return _WithShared(pending, shared)
+
+
+@dataclass(frozen=True)
+class _WithShared:
+    """The routed experts' sum, to which the shared expert's [T, D] is added."""
+
+    pending: PendingSum
+    shared: Tensor
+
+    def result(self) -> Tensor:
+        return self.pending.result().add_(self.shared.float()).to(self.shared.dtype)
+
+    def drop(self) -> None:
+        self.pending.drop()

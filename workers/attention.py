@@ -81,7 +81,6 @@ class AttentionWorker:
         self._next_status = Deadline.after(0)
         self._failures = 0
         self._is_stuck = False  # requests wait, and only mail or a lease that ends can help them
-        self._steps = self._tokens = 0
         engine.pool.watch()
 
     def serve(self, stop: threading.Event) -> None:
@@ -118,7 +117,6 @@ class AttentionWorker:
         else:
             self._failures = 0
             self._is_stuck = not tokens and not self._engine.running_uids
-            self._steps += not self._is_stuck
             self._tell_tokens(tokens)
 
     # Mail
@@ -222,7 +220,6 @@ class AttentionWorker:
                 by_client[client].append(token)
         for client, theirs in by_client.items():
             self._send(client, pack_tokens(theirs))
-        self._tokens += len(tokens)
         for token in tokens:  # after they were sent: the first token does not wait for pages
             self._sender.first_token(token)
             if token.finish_reason:
@@ -280,8 +277,8 @@ class AttentionWorker:
             drafted=tuple(engine.acceptance.drafted),
             accepted=tuple(engine.acceptance.accepted),
             num_drafts=engine.num_drafts,
-            steps=self._steps,
-            tokens=self._tokens,
+            steps=engine.num_steps,
+            tokens=engine.num_tokens,
             hit_tokens=engine.num_hit_tokens,
             prompt_tokens=engine.num_prompt_tokens,
             dispatched=dispatch.tokens,

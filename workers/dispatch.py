@@ -127,6 +127,10 @@ class PendingSum:
         """
         return self._owner.finish(self)
 
+    def drop(self) -> None:
+        """Nobody will take it: answers that still come are ignored."""
+        self._owner.forget(self)
+
 
 class RemoteExperts:
     """The `Experts` of a model whose experts are in other processes. Owns what its endpoint receives.
@@ -174,8 +178,12 @@ class RemoteExperts:
                     continue
                 self._receive(pending)
         finally:
-            self._pending.pop(pending.sequence, None)
+            self.forget(pending)
         return self._combine(pending)
+
+    def forget(self, pending: PendingSum) -> None:
+        """As `PendingSum.drop`."""
+        self._pending.pop(pending.sequence, None)
 
     def _dispatch(self, pending: PendingSum) -> None:
         placement = self._source.current()
@@ -217,7 +225,7 @@ class RemoteExperts:
 
     def _retry(self, pending: PendingSum, pause: float) -> float:
         """Send the whole layer again: to a new placement, or to a worker that is behind ours."""
-        self._pending.pop(pending.sequence, None)  # answers to the first attempt are late from here on
+        self.forget(pending)  # answers to the first attempt are late from here on
         if pending.deadline.is_over:
             raise DeadlineExceeded(pending.complaint)
         time.sleep(min(pause, pending.deadline.left()))

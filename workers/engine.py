@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.decoder import Decoder
+from model.decoder import Decoder, MicroBatch
 from model.errors import PromptTooLong, RequestError
 from model.inputs import PAGE_SIZE, ForwardInputs
 from model.pages import PageCache
@@ -38,18 +38,23 @@ class EngineConfig:
     """How an engine runs.
 
     `chunk` is how many rows a step has at most (decode rows excepted); `num_drafts` how many tokens the MTP
-    module guesses ahead, at most where they `adapt` to what they cost and are worth.
+    module guesses ahead, at most where they `adapt` to what they cost and are worth. With two `micro_batches`
+    one half of a step's sequences computes attention while the other's rows are at the experts, which gains
+    nothing where these are in the same process.
     """
 
     chunk: int = 2048
     num_drafts: int = 0
     adapt: bool = False
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise RequestError("chunk", f"is {self.chunk}; a step runs at least 1 token")
         if not 0 <= self.num_drafts <= MAX_DRAFTS:
             raise RequestError("drafts", f"is {self.num_drafts}; between 0 and {MAX_DRAFTS} can be made")
+        if self.micro_batches not in (1, 2):
+            raise RequestError("micro_batches", f"is {self.micro_batches}; a step runs as 1 or 2")
 
 
 class NumericalFailure(Exception):
@@ -105,6 +110,7 @@ class Engine:
         self._policy = DraftPolicy(config.num_drafts) if config.adapt else None
         self.num_drafts = config.num_drafts  # of the last step
         self.num_prompt_tokens = self.num_hit_tokens = 0  # of prompts that started; found in cached pages
+        self.num_steps = self.num_tokens = 0  # run; drawn
         self._eos_ids = frozenset({model.config.eos_token_id})
 
     @property
@@ -139,8 +145,9 @@ class Engine:
         Raises:
             RequestError: the request can never run here.
         """
-        self._check(request)
-        self._waiting.append(_Waiting(request, self._allocator.keys_of(request), hand_over))
+        keys = self.keys_of(request)
+        assert not self.knows(request.uid), f"{request.uid} is open already"
+        self._waiting.append(_Waiting(request, keys, hand_over))
 
     def reserve(self, request: Request, keys: list[bytes] | None = None) -> Sequence | Wait:
         """Take pages for a prompt that is computed elsewhere, and for its longest answer.
@@ -151,19 +158,36 @@ class Engine:
         Raises:
             RequestError: the request can never run here.
         """
-        self._check(request)
+        keys = keys or self.keys_of(request)
         longest = len(request.prompt_ids) + request.params.max_tokens
-        sequence = self._allocator.start(request, keys or self.keys_of(request), longest)
+        assert not self.knows(request.uid), f"{request.uid} is open already"
+        sequence = self._allocator.start(request, keys, longest)
         if isinstance(sequence, Sequence):
             self._parked[request.uid] = sequence
         return sequence
 
     def keys_of(self, request: Request) -> list[bytes]:
-        """Names of the prompt's full pages."""
+        """Names of the prompt's full pages.
+
+        Raises:
+            RequestError: the request can never run here.
+        """
+        self._check(request)
         return self._allocator.keys_of(request)
 
+    def knows(self, uid: str) -> bool:
+        """Whether a request is open here."""
+        is_waiting = any(waiting.request.uid == uid for waiting in self._waiting)
+        return is_waiting or uid in self._running or uid in self._parked
+
     def adopt(self, uid: str, first: Token) -> None:
-        """Go on with a reserved sequence whose prompt lies in its pages and whose first token is drawn."""
+        """Go on with a reserved sequence whose prompt lies in its pages and whose first token is drawn.
+
+        Raises:
+            RequestError: that is no token of this model.
+        """
+        if not 0 <= first.token_id < self._model.config.vocab_size:
+            raise RequestError("token", f"is {first.token_id}")
         sequence = self._parked.pop(uid)
         sequence.num_cached = sequence.num_prompt
         sequence.num_prompt_cached = first.num_prompt_cached
@@ -197,6 +221,8 @@ class Engine:
         is_decode = batch.is_decode
         hidden, drawn = self._run(batch, on_layer)
         tokens = self._commit(batch, hidden, drawn)
+        self.num_steps += 1
+        self.num_tokens += len(tokens)
         if self._policy and verified == self.num_drafts and is_decode:
             self._policy.pay(len(batch.shares), verified, time.perf_counter() - started)
         return tokens
@@ -249,24 +275,19 @@ class Engine:
 
     def _run(self, batch: Batch, on_layer: OnLayer | None) -> tuple[Tensor, SampleResult]:
         """Hidden states of all rows, and the model's own token after every row that needs one."""
-        inputs = ForwardInputs.build(
-            [share.token_ids for share in batch.shares],
-            [share.sequence.num_cached for share in batch.shares],
-            [share.sequence.pages for share in batch.shares],
-        )
-        hidden = self._model.forward(
-            inputs, self._cache, on_layer=partial(on_layer, batch) if on_layer else None
-        )
+        hidden = self._forward(batch, on_layer)
         logit_rows: list[int] = []
         sample_rows: list[SampleRow] = []
         owners: list[str] = []
-        for share, segment in zip(batch.shares, inputs.segments, strict=True):
+        start = 0
+        for share in batch.shares:
+            stop = start + share.num_rows
             if share.is_last_chunk:
-                after_known = segment.start + share.num_known - 1
-                logit_rows.extend(range(after_known, segment.stop))
+                logit_rows.extend(range(start + share.num_known - 1, stop))
                 row = share.sequence.next_row()
                 sample_rows.extend(row.after(share.drafts[:place]) for place in range(len(share.drafts) + 1))
                 owners.extend([share.sequence.request.uid] * (len(share.drafts) + 1))
+            start = stop
         if not logit_rows:
             return hidden, SampleResult([], [])
         try:
@@ -276,6 +297,16 @@ class Engine:
             for uid in uids:
                 self.cancel(uid)
             raise NumericalFailure(uids) from error
+
+    def _forward(self, batch: Batch, on_layer: OnLayer | None) -> Tensor:
+        """[T, D] hidden states of all rows, in order."""
+        parts = [
+            MicroBatch(_inputs_of(part), on_layer=partial(on_layer, part) if on_layer else None)
+            for part in (batch.halves() if self._config.micro_batches == 2 else (batch,))
+        ]
+        if len(parts) == 1:
+            return self._model.forward(parts[0].inputs, self._cache, on_layer=parts[0].on_layer)
+        return torch.cat(self._model.forward_in_turn(parts, self._cache))
 
     def _commit(self, batch: Batch, hidden: Tensor, drawn: SampleResult) -> list[Token]:
         """Take over the drawn tokens, move every sequence on, and draft for those that go on."""
@@ -325,3 +356,11 @@ class Engine:
             if reason:
                 break
         return out, accepted
+
+
+def _inputs_of(batch: Batch) -> ForwardInputs:
+    return ForwardInputs.build(
+        [share.token_ids for share in batch.shares],
+        [share.sequence.num_cached for share in batch.shares],
+        [share.sequence.pages for share in batch.shares],
+    )

@@ -8,6 +8,7 @@ Shapes: t tokens of one message, T tokens, D width, k experts a token, S blocks.
 """
 
 import enum
+import math
 import threading
 
 import torch
@@ -91,7 +92,8 @@ class ExpertWorker:
             self.num_late += 1  # nobody waits for the answer any more
             return
         reply = self._compute(received.message)
-        budget = min(received.deadline.left(), _REPLY_SECONDS)
+        left = received.deadline.left()
+        budget = left if math.isfinite(left) else _REPLY_SECONDS
         try:
             endpoint.send(received.peer.name, reply, Deadline.after(budget))
         except (TransportError, DeadlineExceeded):

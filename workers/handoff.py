@@ -384,8 +384,11 @@ class PageReceiver:
         expected = pages_for(num_prompt)
         if any(count != expected for count in arrival.arrived[: self._num_layers]):
             raise MalformedMessage(f"{arrival.arrived} pages came of {expected} a layer")
+        try:
+            self._engine.adopt(uid, first)
+        except RequestError as error:
+            raise MalformedMessage(str(error)) from error
         del self._arrivals[handed.lease]
-        self._engine.adopt(uid, first)
         self._reply(arrival, pack(Kind.ADOPTED, Adopted(uid)))
         return arrival
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from workers.sequence import Sequence
 
@@ -43,6 +44,15 @@ class Batch:
     def is_decode(self) -> bool:
         """Whether no prompt is in it; after the step that has changed."""
         return all(share.sequence.phase == "decode" for share in self.shares)
+
+    def halves(self) -> "tuple[Batch, ...]":
+        """Two runs of shares with rows as equal as whole sequences allow; one where there is one share."""
+        if len(self.shares) < 2:
+            return (self,)
+        before = accumulate(share.num_rows for share in self.shares[:-1])
+        distances = [abs(2 * rows - self.num_rows) for rows in before]
+        cut = 1 + distances.index(min(distances))
+        return Batch(self.shares[:cut]), Batch(self.shares[cut:])
 
 
 def schedule(running: Iterable[Sequence], max_rows: int) -> Batch:

@@ -192,7 +192,7 @@ def test_the_shared_expert_is_added_plainly(tensors: dict[str, Tensor], x: Tenso
     experts = groups_held(tensors, range(4))
     moe = MoE(CONFIG, Weights(tensors), LAYER, experts, "reference")
     routed: list[Tensor] = []
-    out = moe.forward(x, routed)
+    out = moe.submit(x, routed).result()
     chosen = moe.gate.forward(x)
     shared = feed_forward(tensors, f"model.layers.{LAYER}.mlp.shared_experts", x)
     torch.testing.assert_close(out - experts.forward(LAYER, x, chosen), shared, rtol=1e-4, atol=1e-5)

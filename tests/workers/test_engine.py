@@ -4,8 +4,9 @@ import pytest
 
 from model.errors import PromptTooLong, RequestError
 from model.sampling_params import SamplingParams
+from tests.checkpoints import DEMO
 from workers.engine import Engine, EngineConfig
-from workers.local import LocalModel
+from workers.local import LocalModel, ModelOptions
 from workers.sequence import Request, Token
 
 
@@ -47,6 +48,43 @@ def test_requests_run_together_as_they_do_alone(demo: LocalModel, oracle, num_dr
         assert [token.position for token in tokens[name]] == list(
             range(len(oracle[name].prompt_ids), len(oracle[name].prompt_ids) + 32)
         )
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_two_micro_batches_change_no_token(demo: LocalModel, oracle, num_drafts: int) -> None:
+    config = EngineConfig(chunk=100, num_drafts=num_drafts, micro_batches=2)
+    engine = demo.engine(config, 4096)
+    names = ["chat", "lookup_1000", "code", "lookup_300"]
+    for name in names:
+        engine.add(Request(name, oracle[name].prompt_ids, greedy()))
+    tokens = drain(engine)
+    assert {name: ids(tokens[name]) for name in names} == {name: oracle[name].output_ids for name in names}
+
+
+def test_two_micro_batches_change_no_bit_of_the_deterministic_kernels(oracle) -> None:
+    """Log-probabilities of sampled tokens, and acceptance of drafts, are those of one."""
+    model = LocalModel(DEMO, ModelOptions(pages="fp8", kernels="deterministic"))
+    outcomes = []
+    for micro_batches in (1, 2):
+        config = EngineConfig(chunk=90, num_drafts=2, micro_batches=micro_batches)
+        engine = model.engine(config, 2048)
+        for number, name in enumerate(["chat", "lookup_300", "code"]):
+            params = SamplingParams(max_tokens=12, temperature=0.8, seed=number, logprobs=3, ignore_eos=True)
+            engine.add(Request(name, oracle[name].prompt_ids, params))
+        outcomes.append((drain(engine), engine.acceptance))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_each_micro_batch_is_told_of_its_own_layers(demo: LocalModel, oracle) -> None:
+    engine = demo.engine(EngineConfig(chunk=100, micro_batches=2), 2048)
+    for name in ("chat", "lookup_300", "code"):
+        engine.add(Request(name, oracle[name].prompt_ids, greedy(2)))
+    told: list[tuple[int, list[str]]] = []
+    engine.step(
+        lambda batch, layer: told.append((layer, [share.sequence.request.uid for share in batch.shares]))
+    )
+    halves = [["chat"], ["lookup_300"]]  # the third has to wait for the next step
+    assert told == [(layer, half) for layer in range(6) for half in halves]
 
 
 def test_requests_wait_for_pages_and_all_get_them(demo: LocalModel, oracle) -> None:
@@ -135,7 +173,13 @@ def test_requests_that_can_never_run_are_refused(
 
 @pytest.mark.parametrize(
     ("config", "field"),
-    [({"chunk": 0}, "chunk"), ({"num_drafts": 4}, "drafts"), ({"num_drafts": -1}, "drafts")],
+    [
+        ({"chunk": 0}, "chunk"),
+        ({"num_drafts": 4}, "drafts"),
+        ({"num_drafts": -1}, "drafts"),
+        ({"micro_batches": 0}, "micro_batches"),
+        ({"micro_batches": 3}, "micro_batches"),
+    ],
 )
 def test_bad_engine_configurations_are_refused(config: dict[str, int], field: str) -> None:
     with pytest.raises(RequestError) as caught:
