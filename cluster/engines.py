@@ -11,12 +11,13 @@ from typing import Any
 import ray
 from ray import serve
 
-from cluster.config import ClusterConfig, RoleSection
+from cluster.config import ClusterConfig, RoleSection, room
 from cluster.directory import WorkerEntry
-from cluster.ray_runtime import own_host, place_of
+from cluster.ray_runtime import Place, own_host, place_of
 from cluster.supervisor import Secrets, role_section, the_supervisor
 from model.config import ModelConfig
 from workers.actors import AttentionActor, AttentionActorConfig
+from workers.transport.protocol import Address
 from workers.wire import Role
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ _log = logging.getLogger(__name__)
 START_SECONDS = 120.0  # for a process that imports torch and reads its weights, on a busy machine
 CALL_SECONDS = 10.0
 _REGISTER_SECONDS = 0.5
-_DEFAULT_CONTEXTS = 8  # so many of the longest sequences have room where the description does not say
 
 
 class EngineReplica:
@@ -42,12 +42,11 @@ class EngineReplica:
         ]
         self._labels = section.node_labels
         self._role: Role = role
-        self._actors = [self._start(actor) for actor in self._configs]
-        self._witnesses = [actor.wait_until_stopped.remote() for actor in self._actors]
-        self._entries: list[WorkerEntry | None] = [None] * len(self._actors)
+        self._members = [_Member(self._start(config)) for config in self._configs]
+        for member in self._members:
+            ray.get(member.start, timeout=START_SECONDS)
         self._failure: Exception | None = None
         self._stopping = threading.Event()
-        self._register()
         self._keeper = threading.Thread(target=self._keep, name="engine", daemon=True)
         self._keeper.start()
 
@@ -60,55 +59,73 @@ class EngineReplica:
         if self._failure:
             raise self._failure
 
-    def workers(self) -> list[str]:
-        """Names of its attention actors."""
-        return [config.name for config in self._configs]
-
     def __del__(self) -> None:
         self._stopping.set()
-        for actor in self._actors:
-            ray.kill(actor)
+        for member in self._members:
+            ray.kill(member.actor)
 
     def _keep(self) -> None:
         """Register again and again, and replace actors that died."""
         while not self._stopping.wait(_REGISTER_SECONDS):
+            for index, member in enumerate(self._members):
+                if member.is_dead():
+                    self._replace(index)
             try:
-                dead, _ = ray.wait(self._witnesses, num_returns=len(self._witnesses), timeout=0)
-                for witness in dead:
-                    self._replace(self._witnesses.index(witness))
                 self._register()
-                self._failure = None
-            except ray.exceptions.RayActorError as error:  # e.g. the supervisor starts anew
+            except (ray.exceptions.RayError, ValueError) as error:  # the supervisor starts anew, or is slow
                 _log.warning("engine %s cannot register yet: %s", self._name, type(error).__name__)
-            except Exception as error:
-                _log.exception("engine %s", self._name)
-                self._failure = error
 
     def _replace(self, index: int) -> None:
-        _log.warning("attention actor %s is gone; starting another", self._configs[index].name)
-        actor = self._start(self._configs[index])
-        self._actors[index], self._witnesses[index] = actor, actor.wait_until_stopped.remote()
-        self._entries[index] = None
+        name = self._configs[index].name
+        _log.warning("%s is gone; starting another", name)
+        if not self._members[index].has_worked:  # nor would the next one
+            self._failure = RuntimeError(f"attention actor {name} does not start")
+        self._members[index] = _Member(self._start(self._configs[index]))
 
     def _register(self) -> None:
-        """Make the actors known. The first time an actor is told the placement before it starts to work."""
-        for index, entry in enumerate(self._entries):
-            if entry is None:
-                self._entries[index] = self._entry(index)
-        entries = tuple(entry for entry in self._entries if entry)
-        actors = {config.name: actor for config, actor in zip(self._configs, self._actors, strict=True)}
+        """Make known who works; one that is starting follows later, and holds up nobody."""
+        names = [config.name for config in self._configs]
+        working = {
+            name: (member, place)
+            for name, member in zip(names, self._members, strict=True)
+            if (place := member.place())
+        }
+        entries = tuple(
+            WorkerEntry(self._role, self._name, place.node, place.pid, address)
+            for _, (address, place) in working.values()
+        )
+        actors = {name: member.actor for name, (member, _) in working.items()}
         ray.get(the_supervisor().register.remote(self._name, entries, actors), timeout=CALL_SECONDS)
-
-    def _entry(self, index: int) -> WorkerEntry:
-        actor = self._actors[index]
-        address, place = ray.get([actor.start.remote(), place_of(actor)], timeout=START_SECONDS)
-        return WorkerEntry(self._role, self._name, place.node, place.pid, address)
 
     def _start(self, config: AttentionActorConfig) -> Any:
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4}
         if self._labels:
             options["label_selector"] = self._labels
         return ray.remote(AttentionActor).options(**options).remote(config)
+
+
+class _Member:
+    """An attention actor and the calls that are pending on it."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor, self.has_worked = actor, False
+        self.start = [actor.start.remote(), place_of(actor)]
+        self._witness = actor.wait_until_stopped.remote()
+
+    def is_dead(self) -> bool:
+        """A call that is pending for as long as the actor lives has ended."""
+        return bool(ray.wait([self._witness], timeout=0)[0])
+
+    def place(self) -> tuple[Address, Place] | None:
+        """Where it is reached and where it runs; None while it starts, or if it died."""
+        if len(ray.wait(self.start, num_returns=len(self.start), timeout=0)[0]) < len(self.start):
+            return None
+        try:
+            address, place = ray.get(self.start)
+        except ray.exceptions.RayError:
+            return None
+        self.has_worked = True
+        return address, place
 
 
 def _actor_config(name: str, role: Role, config: ClusterConfig, secrets: Secrets) -> AttentionActorConfig:
@@ -120,7 +137,7 @@ def _actor_config(name: str, role: Role, config: ClusterConfig, secrets: Secrets
         config.model.directory.resolve(),
         config.model.options(),
         config.engine.config(),
-        section.tokens or _DEFAULT_CONTEXTS * longest,
+        room(section.tokens, longest),
         config.router.lease_seconds,
         config.experts.layer_seconds if config.experts.placement == "pool" else None,
         secrets.token,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import ClusterConfig, ConfigError
+from cluster.config import ClusterConfig, ConfigError, room
 from cluster.gateway.backend import ModelFacts
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.router import Router
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from cluster.gateway.cluster_backend import ClusterBackend
 
 START_SECONDS = 300.0  # from nothing to all workers, on a busy machine
-_DEFAULT_CONTEXTS = 8  # so many of the longest sequences have room where the description does not say
 _POLL_SECONDS = 0.2
 
 Say = Callable[[str], None]
@@ -110,7 +109,7 @@ def _load_engine(config: ClusterConfig, experts: Experts | None, say: Say) -> En
     say(f"loading {config.model.directory.name} as {config.model.dtype}")
     model = LocalModel(config.model.directory, config.model.options(), experts=experts, progress=True)
     longest = model.config.max_position_embeddings
-    num_tokens = config.engine.tokens or _DEFAULT_CONTEXTS * longest
+    num_tokens = room(config.engine.tokens, longest)
     engine = model.engine(config.engine.config(), num_tokens)
     context = min(longest, engine.pool.num_pages * PAGE_SIZE)
     say(f"loaded in {time.perf_counter() - started:.1f} s")

@@ -16,7 +16,7 @@ from model.decoder import DTYPES, DTypeName
 from workers.attention import AttentionWorker, WorkerConfig
 from workers.dispatch import RemoteExperts
 from workers.engine import Engine, EngineConfig
-from workers.experts import ExpertWorker, load_experts
+from workers.experts import ExpertWorker, Urgency, load_experts
 from workers.local import LocalModel, ModelOptions
 from workers.placement import ExpertPlacement
 from workers.transport.config import EndpointConfig
@@ -165,7 +165,11 @@ class AttentionActor:
             self._endpoints.append(endpoint)
             topk_group = ModelConfig.load(config.directory).topk_group
             self._experts = RemoteExperts(
-                endpoint, self, topk_group=topk_group, layer_seconds=config.layer_seconds
+                endpoint,
+                self,
+                topk_group=topk_group,
+                layer_seconds=config.layer_seconds,
+                urgency=Urgency.PREFILL if config.role == "prefill" else Urgency.DECODE,
             )
         return self._experts
 

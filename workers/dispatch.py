@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from model.moe import DispatchPlan
-from workers.experts import Kind, Refusal
+from workers.experts import Kind, Refusal, Urgency
 from workers.placement import ExpertPlacement, ExpertShare, PartialSum, combine, node_lists
 from workers.transport.message import Message
 from workers.transport.protocol import (
@@ -140,9 +140,16 @@ class RemoteExperts:
     """
 
     def __init__(
-        self, endpoint: Endpoint, source: PlacementSource, *, topk_group: int, layer_seconds: float
+        self,
+        endpoint: Endpoint,
+        source: PlacementSource,
+        *,
+        topk_group: int,
+        layer_seconds: float,
+        urgency: Urgency = Urgency.DECODE,
     ) -> None:
         """`layer_seconds` is the time a layer has from `submit` to its last answer, connecting included."""
+        self._urgency = urgency
         self._endpoint, self._source = endpoint, source
         self._topk_group, self._layer_seconds = topk_group, layer_seconds
         self._pending: dict[int, PendingSum] = {}
@@ -211,6 +218,7 @@ class RemoteExperts:
             Kind.DISPATCH,
             tensors,
             epoch,
+            step=self._urgency,
             sequence=pending.sequence,
             layer=pending.layer,
             budget_us=pending.deadline.left_us(),

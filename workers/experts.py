@@ -1,6 +1,7 @@
 """An expert worker: it holds groups of routed experts of every layer and answers whoever dispatches to it.
 
-    DISPATCH  epoch, layer, sequence, budget; x [t, D], experts [t, k] int16, weights [t, k] float32
+    DISPATCH  epoch, layer, sequence, budget, step = urgency; x [t, D], experts [t, k] int16, weights [t, k]
+              float32
     COMBINE   the same sequence; [S, t, D] float32, the sums of its S blocks of groups (one at full size)
     REFUSED   the same sequence, the worker's epoch; [1] int64, a `Refusal`
 
@@ -10,6 +11,7 @@ Shapes: t tokens of one message, T tokens, D width, k experts a token, S blocks.
 import enum
 import math
 import threading
+from collections import deque
 
 import torch
 
@@ -23,6 +25,7 @@ from workers.transport.protocol import Deadline, DeadlineExceeded, Endpoint, Rec
 
 _POLL_SECONDS = 0.05  # how soon a stop is seen
 _REPLY_SECONDS = 1.0  # for a sender who gave no budget
+_MOST_WAITING = 256  # dispatches among which the urgent are looked for
 
 
 class Kind(enum.IntEnum):
@@ -31,6 +34,13 @@ class Kind(enum.IntEnum):
     DISPATCH = 1
     COMBINE = 2
     REFUSED = 3
+
+
+class Urgency(enum.IntEnum):
+    """Who is served first where several wait: rows of a decode step, whose users wait for each token."""
+
+    DECODE = 0
+    PREFILL = 1
 
 
 class Refusal(enum.IntEnum):
@@ -78,14 +88,29 @@ class ExpertWorker:
         self._current = placement.epoch, share.groups  # one assignment: `serve` sees both or neither
 
     def serve(self, endpoint: Endpoint, stop: threading.Event) -> None:
-        """Answer until told to stop. Peers may come and go."""
+        """Answer until told to stop, decode first. Peers may come and go."""
+        waiting: tuple[deque[Received], ...] = tuple(deque() for _ in Urgency)
         while not stop.is_set():
+            self._collect(endpoint, waiting)
+            for queue in waiting:
+                if queue:
+                    self._answer(endpoint, queue.popleft())
+                    break
+
+    def _collect(self, endpoint: Endpoint, waiting: tuple[deque[Received], ...]) -> None:
+        """Take what has come, waiting for something where nothing is there.
+
+        What does not fit stays with the endpoint, whose senders wait then.
+        """
+        deadline = Deadline.after(0 if any(waiting) else _POLL_SECONDS)
+        while sum(map(len, waiting)) < _MOST_WAITING:
             try:
-                event = endpoint.receive(Deadline.after(_POLL_SECONDS))
+                event = endpoint.receive(deadline)
             except DeadlineExceeded:
-                continue
+                return
             if isinstance(event, Received):
-                self._answer(endpoint, event)
+                waiting[min(event.message.step, max(Urgency))].append(event)
+            deadline = Deadline.after(0)
 
     def _answer(self, endpoint: Endpoint, received: Received) -> None:
         if received.deadline.is_over:

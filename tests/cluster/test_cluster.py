@@ -84,34 +84,43 @@ def worker(cluster: Cluster, role: str) -> int:
     return next(entry.pid for entry in cluster.backend.directory.workers if entry.role == role)
 
 
+def processes(cluster: Cluster) -> set[int]:
+    directory = cluster.backend.directory
+    return {entry.pid for entry in (*directory.experts, *directory.workers)}
+
+
 @pytest.mark.parametrize(
     ("victim", "codes"),
     [
         (expert, {503}),
         (partial(worker, role="decode"), {503}),
         (partial(worker, role="prefill"), {200}),  # they are all decoding
-        (partial(Cluster.pid, title="ray::ServeReplica:decode"), {503}),
+        # Ray ends what a dead actor had started, sooner or later: until then it works.
+        (partial(Cluster.pid, title="ray::ServeReplica:decode"), {200, 503}),
         (partial(Cluster.pid, title="ray::ServeReplica:prefill"), {200}),
-        (partial(Cluster.pid, title="ray::Supervisor"), {503}),  # the experts go with it
+        (partial(Cluster.pid, title="ray::Supervisor"), {200, 503}),
     ],
     ids=["expert", "decode", "prefill", "decode engine", "prefill engine", "supervisor"],
 )
 def test_a_killed_actor_is_a_retryable_error_and_comes_back(
     cluster: Cluster, victim: Callable[[Cluster], int], codes: set[int]
 ) -> None:
+    before = processes(cluster)
     with ThreadPoolExecutor() as threads:
         pending = [threads.submit(cluster.complete, PROMPTS["code"][0], max_tokens=200) for _ in range(3)]
-        wait_until(lambda: cluster.num_decoding == 3)
+        wait_until(lambda: cluster.num_decoding == 3, 20)
         os.kill(victim(cluster), signal.SIGKILL)
         took = wait_until(lambda: all(one.done() for one in pending))
         answers = [one.result() for one in pending]
-    assert {answer.status_code for answer in answers} == codes
-    if codes == {503}:
-        assert {answer.json()["error"]["code"] for answer in answers} == {"replica_lost"}
-        assert took < 8  # far less on an idle machine
+    assert {answer.status_code for answer in answers} <= codes
+    failed = [answer for answer in answers if answer.status_code == 503]
+    assert all(answer.json()["error"]["code"] == "replica_lost" for answer in failed)
+    assert took < 8 or not failed  # far less on an idle machine
 
     def is_back() -> bool:
-        return cluster.complete(PROMPTS["chat"][0], max_tokens=2).status_code == 200
+        time.sleep(0.2)
+        is_replaced = cluster.backend.is_ready and not before <= processes(cluster)
+        return is_replaced and cluster.complete(PROMPTS["chat"][0], max_tokens=2).status_code == 200
 
     back = wait_until(is_back)
     print(f"noticed after {took:.2f} s, back after {back:.1f} s more")

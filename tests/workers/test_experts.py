@@ -11,7 +11,7 @@ from model.moe import DispatchPlan
 from tests.checkpoints import DEMO
 from tests.workers.expert_pool import LAYER, Pool, all_experts, demo_config, place, rows, thread_pool
 from tests.workers.transport.processes import receive, soon
-from workers.experts import Kind, Refusal, load_experts
+from workers.experts import ExpertWorker, Kind, Refusal, Urgency, load_experts
 from workers.placement import PlacementError
 from workers.transport.message import Message
 
@@ -135,3 +135,24 @@ def test_late_requests_are_not_computed() -> None:
             pool.endpoint.send("worker 0", message, soon())
         assert [receive(pool.endpoint).message.sequence for _ in range(2)] in ([0, 2], [0, 1])
         pool.workers[0]._compute = real  # type: ignore[method-assign]
+
+
+def test_decode_is_served_before_prefill_that_came_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    compute = ExpertWorker._compute
+
+    def slowly(worker: ExpertWorker, message: Message) -> Message:
+        started.set()
+        assert go_on.wait(30)
+        return compute(worker, message)
+
+    monkeypatch.setattr(ExpertWorker, "_compute", slowly)
+    with thread_pool(1) as pool:
+        pool.endpoint.connect(pool.source.placement.shares[0].address, soon())
+        for number in (1, 2, 3):
+            pool.endpoint.send("worker 0", request(sequence=number, step=Urgency.PREFILL), soon())
+        assert started.wait(30)
+        pool.endpoint.send("worker 0", request(sequence=4, step=Urgency.DECODE), soon())
+        go_on.set()
+        order = [receive(pool.endpoint).message.sequence for _ in range(4)]
+    assert order == [1, 4, 2, 3]
