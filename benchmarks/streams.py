@@ -1,13 +1,16 @@
 """Many streams at once, half of them cancelled at random points, over HTTP and gRPC mixed.
 
-    python benchmarks/streams.py [--streams 200] [--rounds 10] [--seed 0]
+    python -m benchmarks.streams [--streams 200] [--rounds 10] [--seed 0] [--config CLUSTER.yaml]
 
-Starts a gateway over the demo in this process and prints JSON: errors among the streams that were let run,
-how long after the last one it took until every page was free again, and the memory after each round.
+Starts a gateway over the demo in this process, or over the cluster of a description, and prints JSON: errors
+among the streams that were let run, how long after the last one it took until every page was free again, and
+the memory after each round, that of a cluster's processes included. Of a cluster, workers tell their pages
+ten times a second.
 """
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import gc
 import json
@@ -16,6 +19,8 @@ import random
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +30,10 @@ import h11
 import torch
 
 from cluster.config import ClusterConfig
-from cluster.demo import DEMO
-from cluster.gateway.backend import ModelFacts
-from cluster.gateway.engine_backend import EngineBackend
 from cluster.gateway.server import GatewayServer
+from cluster.launch import start_backend
 from cluster.proto.eightfold.v1 import eightfold_pb2 as pb
 from cluster.proto.eightfold.v1.eightfold_pb2_grpc import InferenceServiceStub
-from model.text import load_text
-from workers.engine import Engine
-from workers.local import LocalModel, ModelOptions
 
 QUESTION = 'What does "harbor" mean?'
 TOKENS = 24
@@ -143,46 +143,69 @@ async def outcome(plan: Plan, port: int, stub: InferenceServiceStub) -> str:
     return "whole" if is_whole else f"{plan.protocol}: not whole"
 
 
-async def round_(server: GatewayServer, engine: Engine, streams: list[Plan]) -> Round:
+async def round_(server: GatewayServer, num_held: Callable[[], int], streams: list[Plan]) -> Round:
     """Runs streams at once and waits until the server is as it was before."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         stub = InferenceServiceStub(channel)
         started = time.perf_counter()
         outcomes = await asyncio.gather(*(outcome(plan, server.http_port, stub) for plan in streams))
         ended = time.perf_counter()
-        while len(server.gateway.journal) or engine.pool.num_free < engine.pool.num_pages:
+        while len(server.gateway.journal) or num_held():
             if time.perf_counter() - ended > IDLE_SECONDS:
-                raise RuntimeError(f"{engine.pool.num_pages - engine.pool.num_free} pages are still in use")
+                raise RuntimeError(f"{num_held()} pages are still in use")
             await asyncio.sleep(0.005)
         to_baseline = time.perf_counter() - ended
     return Round(dict(Counter(outcomes)), ended - started, to_baseline, rss_mib())
 
 
 def rss_mib() -> float:
-    """Memory of this process that is in use now: what is free has been handed back first."""
+    """Memory in use now, of this process (what is free has been handed back first) and all it started."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    total = 0
+    for pid in [os.getpid(), *_descendants(os.getpid())]:
+        with contextlib.suppress(OSError):  # it has just ended
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return total * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-async def measure(num_streams: int, num_rounds: int, seed: int) -> list[Round]:
-    """Rounds against one gateway; the engine's memory is the same all along."""
-    config = ClusterConfig.model_validate(
-        {"engine": {"tokens": 32768, "max_waiting": num_streams}, "gateway": {"http_port": 0, "grpc_port": 0}}
+def _descendants(pid: int) -> Iterator[int]:
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            for child in (task / "children").read_text().split():
+                yield int(child)
+                yield from _descendants(int(child))
+
+
+async def measure(
+    num_streams: int, num_rounds: int, seed: int, config: ClusterConfig | None = None
+) -> list[Round]:
+    """Rounds against one gateway; the engines' memory is the same all along."""
+    config = config or ClusterConfig.model_validate({"engine": {"tokens": 32768}})
+    config = config.model_copy(
+        update={
+            "engine": config.engine.model_copy(update={"max_waiting": num_streams}),
+            "gateway": config.gateway.model_copy(update={"http_port": 0, "grpc_port": 0}),
+        }
     )
-    model = LocalModel(DEMO, ModelOptions())
-    engine = model.engine(config.engine.config(), 32768)
-    facts = ModelFacts(model.config, *load_text(DEMO, model.config), model.checkpoint.digest, 8192)
-    backend = EngineBackend(engine, facts, max_waiting=num_streams)
-    backend.start()
-    server = GatewayServer(backend, "demo", config.gateway, "benchmark")
-    await server.start()
-    generator = random.Random(seed)
-    try:
-        return [await round_(server, engine, plans(num_streams, generator)) for _ in range(num_rounds)]
-    finally:
-        await server.stop()
-        await backend.stop()
+    with ExitStack() as stack:
+        backend = start_backend(config, stack, lambda _: None)
+        backend.start()
+        while not backend.is_ready:
+            await asyncio.sleep(0.1)
+        server = GatewayServer(backend, "demo", config.gateway, "benchmark")
+        await server.start()
+        generator = random.Random(seed)
+
+        def num_held() -> int:
+            loads = [worker.status.load for worker in backend.parts().workers]
+            return sum(load.num_pages - load.free_pages for load in loads)
+
+        try:
+            return [await round_(server, num_held, plans(num_streams, generator)) for _ in range(num_rounds)]
+        finally:
+            await server.stop()
+            await backend.stop()
 
 
 def main() -> None:
@@ -192,9 +215,11 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--config", type=Path, metavar="CLUSTER.yaml", help="without one, one process")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rounds = asyncio.run(measure(options.streams, options.rounds, options.seed))
+    config = ClusterConfig.load(options.config) if options.config else None
+    rounds = asyncio.run(measure(options.streams, options.rounds, options.seed, config))
     failed = Counter[str]()
     for one in rounds:
         failed.update({name: n for name, n in one.outcomes.items() if name not in ("whole", "cancelled")})
