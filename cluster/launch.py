@@ -5,6 +5,7 @@ start_backend(config)       what the gateway asks for tokens, whichever it is
   cluster                   supervisor, expert actors, Serve deployments of prefill and decode
 """
 
+import logging
 import os
 import secrets
 import time
@@ -168,6 +169,7 @@ def _start_parts(config: ClusterConfig, shared: Any, stack: ExitStack, say: Say)
 
     assert config.prefill
     assert config.decode
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # Serve sets it to more when it is imported
     if config.experts.placement == "pool":
         say(f"starting {config.experts.nodes} expert actors")
     supervisor = start_supervisor(config, shared)
