@@ -21,10 +21,13 @@ from workers.local import LocalModel, ModelOptions
 from workers.placement import ExpertPlacement
 from workers.transport.config import EndpointConfig
 from workers.transport.endpoint import PeerEndpoint
-from workers.transport.protocol import Address
+from workers.transport.message import TransportError
+from workers.transport.protocol import Address, Deadline
 from workers.wire import Role
 
 _log = logging.getLogger(__name__)
+
+_MEET_SECONDS = 30.0
 
 TcpHost = Callable[[], str] | None
 
@@ -144,6 +147,7 @@ class AttentionActor:
         torch.set_num_threads(1)
         self._config = config
         self._placement: ExpertPlacement | None = None
+        self._is_placed = threading.Event()
         self._endpoints = [_listening(config.name, config.token, config.tcp_host)]
         model = LocalModel(config.directory, config.options, experts=self._remote_experts())
         cache = model.cache(config.num_tokens)
@@ -175,10 +179,22 @@ class AttentionActor:
 
     def _serve(self) -> None:
         try:
+            if self._experts:
+                self._meet(self._experts)
             self._worker.serve(self._stop)
         except BaseException:
             _log.exception("%s is broken", self._config.name)
             os._exit(1)  # who watches this process starts another
+
+    def _meet(self, experts: RemoteExperts) -> None:
+        """Know the experts before anybody knows us."""
+        self._is_placed.wait()
+        if self._stop.is_set():
+            return
+        try:
+            experts.meet(Deadline.after(_MEET_SECONDS))
+        except TransportError as error:
+            _log.warning("%s: %s", self._config.name, error)
 
     def start(self) -> Address:
         """Begin to work; where peers reach it. A second call changes nothing."""
@@ -189,6 +205,7 @@ class AttentionActor:
     def adopt(self, placement: ExpertPlacement) -> None:
         """Dispatch by this placement from the next layer on."""
         self._placement = placement
+        self._is_placed.set()
 
     def current(self) -> ExpertPlacement:
         """The newest placement, for the dispatcher."""
@@ -202,6 +219,7 @@ class AttentionActor:
     def stop(self) -> None:
         """End the work."""
         self._stop.set()
+        self._is_placed.set()
         if self._thread.ident is not None:
             self._thread.join()
         for endpoint in self._endpoints:

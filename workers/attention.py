@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05  # how soon a stop, a lease that is over and a due status are seen while nothing runs
 _STATUS_SECONDS = 0.1
-_MAIL_A_STEP = 256  # messages read between two steps: running sequences must not wait for a flood
+_MAIL_A_STEP = 4096  # messages read between two steps: a flood waits, 200 hand-overs at once do not
 _SEND_SECONDS = 1.0  # for a client that does not read; then it is lost
 _MAX_FAILURES = 3  # steps in a row that fail for no known reason, before the worker is given up
 

@@ -156,6 +156,15 @@ class RemoteExperts:
         self._num_sent = 0
         self.stats = DispatchStats()
 
+    def meet(self, deadline: Deadline) -> None:
+        """Connect with every worker, before rows wait for it: a busy one takes its time to greet.
+
+        Raises:
+            TransportError: one of them cannot be had in time; the first layer that needs it tries again.
+        """
+        for share in self._source.current().shares:
+            self._endpoint.connect(share.address, deadline)
+
     def forward(self, layer: int, x: Tensor, plan: DispatchPlan) -> Tensor:
         """[T, D] float32, as `Experts.forward`."""
         return self.submit(layer, x, plan).result()

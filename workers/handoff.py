@@ -157,6 +157,7 @@ class PageSender:
         lapses = []
         for handoff in over:
             why = _why_over(handoff.deadline)
+            _log.warning("hand-over of %s to %s: %s", handoff.request.uid, handoff.target.name, why)
             self._tell_off(handoff, why)
             lapses.append(self._give_up(handoff.request.uid, why))
         return lapses
