@@ -21,6 +21,7 @@ from model.pages import PageFormat
 from workers.engine import EngineConfig
 from workers.local import ModelOptions
 from workers.speculate import MAX_DRAFTS
+from workers.wire import Role
 
 MAX_FILE_BYTES = 256 * 1024
 
@@ -217,6 +218,12 @@ class ClusterConfig(_Section):
     def is_disaggregated(self) -> bool:
         """Whether prefill and decode have engines of their own."""
         return self.prefill is not None and self.decode is not None
+
+    def role(self, role: Role) -> RoleSection:
+        """The section of a role, in a description that has one."""
+        section = self.prefill if role == "prefill" else self.decode
+        assert section, role
+        return section
 
     @model_validator(mode="after")
     def _dense_is_not_deterministic(self) -> "ClusterConfig":

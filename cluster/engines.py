@@ -11,10 +11,10 @@ from typing import Any
 import ray
 from ray import serve
 
-from cluster.config import ClusterConfig, RoleSection, room
+from cluster.config import ClusterConfig, room
 from cluster.directory import WorkerEntry
 from cluster.ray_runtime import Place, own_host, place_of
-from cluster.supervisor import Secrets, role_section, the_supervisor
+from cluster.supervisor import Secrets, the_supervisor
 from model.config import ModelConfig
 from workers.actors import AttentionActor, AttentionActorConfig
 from workers.transport.protocol import Address
@@ -35,7 +35,7 @@ class EngineReplica:
         self._name = serve.get_replica_context().replica_id.unique_id
         supervisor = the_supervisor()
         secrets: Secrets = ray.get(supervisor.secrets.remote(), timeout=START_SECONDS)
-        section = role_section(config, role)
+        section = config.role(role)
         self._configs = [
             _actor_config(f"{role}-{self._name}-{index}", role, config, secrets)
             for index in range(section.attention_actors)
@@ -129,7 +129,7 @@ class _Member:
 
 
 def _actor_config(name: str, role: Role, config: ClusterConfig, secrets: Secrets) -> AttentionActorConfig:
-    section: RoleSection = role_section(config, role)
+    section = config.role(role)
     longest = ModelConfig.load(config.model.directory).max_position_embeddings
     return AttentionActorConfig(
         name,
@@ -148,7 +148,7 @@ def _actor_config(name: str, role: Role, config: ClusterConfig, secrets: Secrets
 
 def deployment(role: Role, config: ClusterConfig) -> serve.Application:
     """The Serve application of a role: one deployment, an engine a replica."""
-    section = role_section(config, role)
+    section = config.role(role)
     make = serve.deployment(
         name=role,
         num_replicas=section.engines,

@@ -16,7 +16,6 @@ from cluster.config import ClusterConfig
 from cluster.directory import Directory, WorkerEntry
 from cluster.expert_pool import ExpertPool
 from cluster.ray_runtime import own_host
-from workers.wire import Role
 
 NAME, NAMESPACE = "supervisor", "eightfold"
 
@@ -121,10 +120,3 @@ def the_supervisor() -> Any:
         ValueError: there is none.
     """
     return ray.get_actor(NAME, namespace=NAMESPACE)
-
-
-def role_section(config: ClusterConfig, role: Role) -> Any:
-    """The section of a role in a description that has one."""
-    section = config.prefill if role == "prefill" else config.decode
-    assert section, role
-    return section

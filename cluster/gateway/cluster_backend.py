@@ -6,7 +6,7 @@ token there is no Ray call, no thread and no queue but the request's own.
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +14,7 @@ from cluster.directory import Directory, DirectorySource, WorkerEntry
 from cluster.gateway.backend import ModelFacts, Parts, WorkerReport
 from cluster.gateway.errors import Kind as RefusalKind
 from cluster.gateway.errors import Overloaded, Refusal, ReplicaLost
+from cluster.gateway.stream import QueuedStream
 from cluster.router import NoRoute, Router
 from model.errors import RequestError
 from workers.load import WorkerLoad
@@ -50,17 +51,17 @@ class BackendLimits:
     silence_seconds: float = 15.0
 
 
-class ClusterStream:
+class ClusterStream(QueuedStream):
     """The tokens of one request, put back in order: the first may come from another worker than the rest."""
 
-    def __init__(self, backend: "ClusterBackend", request: Request, first: str, decode: str | None) -> None:
-        self._backend, self.uid = backend, request.uid
+    def __init__(
+        self, request: Request, first: str, decode: str | None, cancel: Callable[[str], None]
+    ) -> None:
+        super().__init__(request.uid, cancel)
         self.first, self.decode = first, decode or first
-        self.has_started = self.has_moved = False
-        self.queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
+        self.has_moved = False
         self._early: dict[int, Token] = {}
         self._next = len(request.prompt_ids)
-        self._ended = False
 
     @property
     def needs(self) -> set[str]:
@@ -79,23 +80,6 @@ class ClusterStream:
             if ready.finish_reason:
                 return True
         return False
-
-    def __aiter__(self) -> "ClusterStream":
-        return self
-
-    async def __anext__(self) -> Token:
-        if self._ended:
-            raise StopAsyncIteration
-        item = await self.queue.get()
-        if isinstance(item, Exception):
-            self._ended = True
-            raise item
-        self._ended = item.finish_reason is not None
-        return item
-
-    async def aclose(self) -> None:
-        self._ended = True
-        self._backend.cancel(self.uid)
 
 
 @dataclass
@@ -185,7 +169,7 @@ class ClusterBackend:
             raise Overloaded("the model is not running") from None
         budget = Deadline.after(self._limits.request_seconds).left_us()
         order = pack(Kind.GENERATE, Generate(request, route.decode), budget)
-        stream = ClusterStream(self, request, route.first, route.decode.name if route.decode else None)
+        stream = ClusterStream(request, route.first, route.decode.name if route.decode else None, self.cancel)
         self._streams[request.uid] = stream
         self._send(route.first, order)
         if request.uid not in self._streams:  # the worker is gone: whoever reads is told

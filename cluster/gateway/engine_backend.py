@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from cluster.gateway.backend import ModelFacts, Parts, WorkerReport
 from cluster.gateway.errors import Kind, Overloaded, Refusal, ReplicaLost, as_refusal
+from cluster.gateway.stream import QueuedStream
 from workers.dispatch import DispatchError
 from workers.engine import Engine, NumericalFailure
 from workers.load import WorkerLoad
@@ -31,32 +32,12 @@ _NOT_THE_ENGINES_FAULT = (DispatchError, TransportError)
 _Order = Callable[[], None]
 
 
-class EngineStream:
-    """The tokens of one request; lives in the event loop."""
+class EngineStream(QueuedStream):
+    """The tokens of one request, which the engine accepts or refuses first."""
 
-    def __init__(self, backend: "EngineBackend", request: Request) -> None:
-        self._backend, self.uid = backend, request.uid
-        self.queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
+    def __init__(self, uid: str, cancel: Callable[[str], None]) -> None:
+        super().__init__(uid, cancel)
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.has_started = False
-        self._ended = False
-
-    def __aiter__(self) -> "EngineStream":
-        return self
-
-    async def __anext__(self) -> Token:
-        if self._ended:
-            raise StopAsyncIteration
-        item = await self.queue.get()
-        if isinstance(item, Exception):
-            self._ended = True
-            raise item
-        self._ended = item.finish_reason is not None
-        return item
-
-    async def aclose(self) -> None:
-        self._ended = True
-        self._backend.cancel(self.uid)
 
 
 class EngineBackend:
@@ -109,7 +90,7 @@ class EngineBackend:
         if self.load().waiting >= self._max_waiting:
             raise Overloaded(f"{self._max_waiting} requests are waiting already; try again a little later")
         assert request.uid not in self._streams, request.uid
-        stream = self._streams[request.uid] = EngineStream(self, request)
+        stream = self._streams[request.uid] = EngineStream(request.uid, self.cancel)
         self._order(lambda: self._add(request, stream))
         try:
             await stream.accepted

@@ -133,7 +133,7 @@ def run(work: Awaitable[None]) -> None:
 
 def a_stream(decode: str | None = "decode") -> ClusterStream:
     request = Request("r", (1, 2, 3), greedy())
-    return ClusterStream(None, request, "prefill", decode)  # type: ignore[arg-type]
+    return ClusterStream(request, "prefill", decode, lambda uid: None)
 
 
 def token(position: int, reason: Any = None) -> Token:
