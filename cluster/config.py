@@ -57,6 +57,8 @@ class ModelSection(_Section):
 
     With `deterministic` an answer's bits depend on its request and the weights alone: not on who else is
     served, how prompts are cut, who computes what, or on drafts. It costs time (docs/deterministic.md).
+    `kernels: triton` is for NVIDIA GPUs from Hopper on: it goes with `device: cuda`, `dtype: bfloat16` and
+    `pages: fp8`, and with FP8 checkpoints.
     """
 
     directory: Annotated[Path, Field(strict=False)] = DEMO
@@ -64,8 +66,16 @@ class ModelSection(_Section):
     dtype: DTypeName = "float32"
     pages: PageFormat = "full"
     attention: AttentionMode = "sparse"
-    kernels: Literal["reference"] = "reference"
+    kernels: Literal["reference", "triton"] = "reference"
+    device: Literal["cpu", "cuda"] = "cpu"
     deterministic: bool = False
+
+    @model_validator(mode="after")
+    def _kernels_fit(self) -> "ModelSection":
+        if self.deterministic and self.kernels != "reference":
+            raise ValueError("deterministic goes with kernels: reference only")
+        self.options()  # says what else does not go together
+        return self
 
     @property
     def served_name(self) -> str:
@@ -74,7 +84,7 @@ class ModelSection(_Section):
 
     def options(self) -> ModelOptions:
         kernels: Backend = "deterministic" if self.deterministic else self.kernels
-        return ModelOptions(self.dtype, self.pages, self.attention, kernels)
+        return ModelOptions(self.dtype, self.pages, self.attention, kernels, self.device)
 
 
 class EngineSection(_Section):

@@ -2,13 +2,14 @@
 
 Every launcher takes `backend`. `reference` is plain torch and runs on any device. `deterministic` is plain
 torch too, in forms whose bits for a row depend on that row's own sequence alone: not on neighbours in the
-batch, nor on how a prompt was cut, nor on where experts run. A launcher that cannot serve what it is asked
-for raises `UnsupportedKernel` and never falls back to another implementation.
+batch, nor on how a prompt was cut, nor on where experts run. `triton` are kernels for GPUs; their operations
+are cut where launches and memory traffic are fewest, so most of them have files of their own. A launcher that
+cannot serve what it is asked for raises `UnsupportedKernel` and never falls back to another implementation.
 """
 
 from typing import Literal
 
-Backend = Literal["reference", "deterministic"]
+Backend = Literal["reference", "deterministic", "triton"]
 
 
 class UnsupportedKernel(ValueError):
@@ -33,4 +34,13 @@ def require_torch(backend: Backend, operation: str) -> None:
         backend in ("reference", "deterministic"),
         operation,
         f"has no {backend!r} implementation, only {served}",
+    )
+
+
+def require_triton_or_reference(backend: Backend, operation: str) -> None:
+    """For operations that are a Triton kernel and its plain-torch twin."""
+    require(
+        backend in ("reference", "triton"),
+        operation,
+        f"has no {backend!r} implementation, only 'reference' and 'triton'",
     )

@@ -37,8 +37,30 @@ def linear(x: Tensor, weight: Tensor, *, backend: Backend) -> Tensor:
         "linear",
         f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}",
     )
+    if backend == "triton":
+        # Imported where it runs: Triton takes 60 MiB, which workers without a GPU spare.
+        from kernels.bf16_gemm import bf16_gemm
+
+        return bf16_gemm(x, weight, out_dtype=torch.bfloat16, backend=backend)
     require_torch(backend, "linear")
     return linear_reference(x, weight) if backend == "reference" else linear_deterministic(x, weight)
+
+
+def linear_fp32(x: Tensor, weight: Tensor, *, backend: Backend) -> Tensor:
+    """Multiply rows with a weight in float32, whatever the rows are: gates, head weights, logits.
+
+    Args:
+        x: [T, K], any float dtype.
+        weight: [N, K] float32, for `triton` bf16 like x: their products are exact in float32.
+
+    Returns:
+        [T, N] float32.
+    """
+    if backend == "triton":
+        from kernels.bf16_gemm import bf16_gemm
+
+        return bf16_gemm(x, weight, out_dtype=torch.float32, backend=backend)
+    return linear(x.float(), weight, backend=backend)
 
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -77,7 +99,7 @@ def stable(weight: Tensor, *, backend: Backend) -> Tensor:
     Raises:
         UnsupportedKernel: rows change bits with their place or their neighbours here.
     """
-    if backend == "reference":
+    if backend != "deterministic":
         return weight
     _try_rows(tuple(weight.shape), weight.dtype, weight.device, torch.get_num_threads())
     return weight.contiguous()  # as in the trial: transposed ones run other code

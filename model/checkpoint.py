@@ -114,6 +114,7 @@ class Checkpoint:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        widen: bool = True,
         progress: bool = False,
     ) -> Weights:
         """Read, check and widen the tensors of a role.
@@ -121,6 +122,7 @@ class Checkpoint:
         Args:
             wanted: which tensors; see `everything`, `all_but_routed_experts`, `routed_experts`.
             dtype: of matrices and embeddings; norms, the gate and the indexer's head weights are float32.
+            widen: False leaves block-scaled matrices e4m3, with their multipliers under `scale_name`.
             progress: whether to draw a bar of bytes on a terminal.
 
         Raises:
@@ -139,11 +141,14 @@ class Checkpoint:
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            for spec, tensor in self._read(specs):
+            for spec, tensor, scales in self._read(specs, widen=widen):
                 keep_fp32 = (
                     spec.storage in ("norm", "fp32") or spec.part == "gate" or "weights_proj" in spec.name
                 )
-                weights[spec.name] = tensor.to(device, torch.float32 if keep_fp32 else dtype)
+                if scales is None:
+                    weights[spec.name] = tensor.to(device, torch.float32 if keep_fp32 else dtype)
+                else:
+                    weights[spec.name], weights[spec.scale_name] = tensor.to(device), scales.to(device)
                 bar.update(self._stored_bytes(spec))
         self._check_copies(wanted)
         self._check_digests({CONFIG_FILE, *(self.tensors[spec.name].file for spec in specs)})
@@ -163,7 +168,7 @@ class Checkpoint:
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            for spec, _ in self._read(specs, widen=False):
+            for spec, _, _ in self._read(specs, widen=False):
                 bar.update(self._stored_bytes(spec))
         self._check_copies(everything)
         self._check_digests(set(self._stamps))
@@ -181,8 +186,10 @@ class Checkpoint:
         scale = self.tensors.get(spec.scale_name)
         return self.tensors[spec.name].num_bytes + (scale.num_bytes if scale else 0)
 
-    def _read(self, specs: list[TensorSpec], *, widen: bool = True) -> Iterator[tuple[TensorSpec, Tensor]]:
-        """Open each shard once and yield its tensors, checked."""
+    def _read(
+        self, specs: list[TensorSpec], *, widen: bool = True
+    ) -> Iterator[tuple[TensorSpec, Tensor, Tensor | None]]:
+        """Open each shard once and yield its tensors, checked, and the multipliers of those not widened."""
         streams: dict[str, BufferedReader] = {}
 
         def stored(name: str) -> Tensor:
@@ -200,17 +207,20 @@ class Checkpoint:
         with ExitStack() as closing:
             for spec in specs:
                 tensor = stored(spec.name)
-                if spec.is_quantized(self.config):
-                    scales = stored(spec.scale_name)
-                    _check_scales(self.tensors[spec.scale_name].file, spec.scale_name, scales)
-                    if widen:
-                        tensor = dequantize_blocks(tensor, scales, FP8_BLOCK)
-                yield spec, tensor
+                if not spec.is_quantized(self.config):
+                    yield spec, tensor, None
+                    continue
+                scales = stored(spec.scale_name)
+                _check_scales(self.tensors[spec.scale_name].file, spec.scale_name, scales)
+                if widen:
+                    yield spec, dequantize_blocks(tensor, scales, FP8_BLOCK), None
+                else:
+                    yield spec, tensor, scales
 
     def _check_copies(self, wanted: Wanted) -> None:
         """The MTP layer's embedding and head must be what the format says: copies of the main model's."""
         copies = [spec for spec in self.specs(wanted) if _is_duplicate(self.config, spec)]
-        for (spec, copy), (original, main) in zip(
+        for (spec, copy, _), (original, main, _) in zip(
             self._read(copies),
             self._read([_original(self.config, spec) for spec in copies]),
             strict=True,

@@ -10,13 +10,13 @@ be at the experts while another micro-batch goes through the attention of the sa
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from kernels.backend import Backend
-from kernels.linear import linear, stable
+from kernels.linear import linear, linear_fp32, stable
 from kernels.norm import add_rms_norm, rms_norm
 from model.attention import Attention, AttentionMode
 from model.checkpoint import Weights
@@ -93,6 +93,25 @@ class DecoderLayer:
         return self._moe.submit(x, trace.routed if trace else None), residual
 
 
+class Layer(Protocol):
+    """What a decoder's layers are: `DecoderLayer`, or `model.fused.layer.FusedLayer`."""
+
+    def forward(
+        self,
+        update: PendingSum | None,
+        residual: Tensor,
+        inputs: ForwardInputs,
+        angles: tuple[Tensor, Tensor],
+        pages: LayerPages,
+        trace: Trace | None,
+    ) -> tuple[PendingSum, Tensor]:
+        """As `DecoderLayer.forward`."""
+        ...
+
+
+LayerClass = Callable[[ModelConfig, Weights, int, Experts, AttentionMode, Backend], Layer]
+
+
 class MTP:
     """The multi-token-prediction module: drafts the token after the next one.
 
@@ -109,6 +128,7 @@ class MTP:
         experts: Experts,
         mode: AttentionMode,
         backend: Backend,
+        layer_class: LayerClass,
     ) -> None:
         layer = config.num_hidden_layers
         prefix = f"model.layers.{layer}"
@@ -116,7 +136,7 @@ class MTP:
         self._enorm = weights.take(f"{prefix}.enorm.weight")
         self._hnorm = weights.take(f"{prefix}.hnorm.weight")
         self._eh_proj = stable(weights.take(f"{prefix}.eh_proj.weight"), backend=backend)
-        self._layer = DecoderLayer(config, weights, layer, experts, mode, backend)
+        self._layer = layer_class(config, weights, layer, experts, mode, backend)
         self._norm = weights.take(f"{prefix}.shared_head.norm.weight")
 
     def forward(
@@ -157,7 +177,7 @@ class _Flow:
     residual: Tensor
     update: PendingSum | None = None
 
-    def through(self, number: int, layer: DecoderLayer, pages: LayerPages) -> None:
+    def through(self, number: int, layer: Layer, pages: LayerPages) -> None:
         batch = self.batch
         self.update, self.residual = layer.forward(
             self.update, self.residual, batch.inputs, self.angles, pages, batch.trace
@@ -177,21 +197,31 @@ class Decoder:
         *,
         mode: AttentionMode = "sparse",
         backend: Backend = "reference",
+        layer_class: LayerClass = DecoderLayer,
     ) -> None:
         self.config, self._backend = config, backend
         self._embedding = weights.take("model.embed_tokens.weight")
-        self._head = stable(weights.take("lm_head.weight").float(), backend=backend)
+        head = weights.take("lm_head.weight")
+        self._head = head if backend == "triton" else stable(head.float(), backend=backend)
         self._norm = weights.take("model.norm.weight")
         self.layers = [
-            DecoderLayer(config, weights, layer, experts, mode, backend)
+            layer_class(config, weights, layer, experts, mode, backend)
             for layer in range(config.num_hidden_layers)
         ]
-        self._mtp = MTP(config, weights, experts, mode, backend) if config.num_nextn_predict_layers else None
+        self._mtp = (
+            MTP(config, weights, experts, mode, backend, layer_class)
+            if config.num_nextn_predict_layers
+            else None
+        )
         self._frequencies = rope_frequencies(config).to(self._embedding.device)
 
     @property
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
 
     @property
     def can_draft(self) -> bool:
@@ -260,4 +290,4 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, vocab] float32 from hidden states [R, D]; computed in fp32."""
-        return linear(hidden.float(), self._head, backend=self._backend)
+        return linear_fp32(hidden, self._head, backend=self._backend)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.backend import Backend
 from kernels.index_logits import index_logits, require_stable_scores
-from kernels.linear import linear, stable
+from kernels.linear import linear_fp32, stable
 from kernels.rope import apply_rope
 from kernels.topk import topk
 from model.checkpoint import Weights
@@ -59,7 +59,7 @@ class Indexer:
         q = q.unflatten(-1, (config.index_n_heads, config.index_head_dim))
         vectors, scales = pages.encode_index(self._rotate(q, angles))
         constant = config.index_n_heads**-0.5 * config.index_head_dim**-0.5
-        weights = linear(x.float(), self._weights_proj, backend=self._backend) * constant
+        weights = linear_fp32(x, self._weights_proj, backend=self._backend) * constant
         return IndexQueries(vectors, weights if scales is None else weights * scales)
 
     def select(

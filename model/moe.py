@@ -15,7 +15,7 @@ from kernels.backend import Backend
 from kernels.gate_topk import gate_topk
 from kernels.group_tree import add_all, blocks_of
 from kernels.grouped_gemm import grouped_experts
-from kernels.linear import linear, stable
+from kernels.linear import linear, linear_fp32, stable
 from kernels.swiglu import swiglu
 from model.checkpoint import Weights
 from model.config import ModelConfig
@@ -94,7 +94,7 @@ class Gate:
         """Route [T, D]; scores in fp32 whatever x is."""
         config = self._config
         experts, weights = gate_topk(
-            linear(x.float(), self._weight, backend=self._backend),
+            linear_fp32(x, self._weight, backend=self._backend),
             self._bias,
             num_groups=config.n_group,
             topk_group=config.topk_group,
@@ -187,11 +187,11 @@ class MoE:
             routed.append(plan.experts)
         pending = self._experts.submit(self._layer, x, plan)
         shared = self._shared.forward(x)  # runs while the rows are on their way
-        return _WithShared(pending, shared)
+        return WithShared(pending, shared)
 
 
 @dataclass(frozen=True)
-class _WithShared:
+class WithShared:
     """The routed experts' sum, to which the shared expert's [T, D] is added."""
 
     pending: PendingSum

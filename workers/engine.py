@@ -301,7 +301,9 @@ class Engine:
     def _forward(self, batch: Batch, on_layer: OnLayer | None) -> Tensor:
         """[T, D] hidden states of all rows, in order."""
         parts = [
-            MicroBatch(_inputs_of(part), on_layer=partial(on_layer, part) if on_layer else None)
+            MicroBatch(
+                _inputs_of(part, self._model.device), on_layer=partial(on_layer, part) if on_layer else None
+            )
             for part in (batch.halves() if self._config.micro_batches == 2 else (batch,))
         ]
         if len(parts) == 1:
@@ -358,9 +360,10 @@ class Engine:
         return out, accepted
 
 
-def _inputs_of(batch: Batch) -> ForwardInputs:
+def _inputs_of(batch: Batch, device: torch.device) -> ForwardInputs:
     return ForwardInputs.build(
         [share.token_ids for share in batch.shares],
         [share.sequence.num_cached for share in batch.shares],
         [share.sequence.pages for share in batch.shares],
+        device,
     )

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from kernels.backend import Backend
+from kernels.backend import Backend, require
 from model.attention import AttentionMode
-from model.checkpoint import Checkpoint, all_but_routed_experts, everything
+from model.checkpoint import Checkpoint, Weights, all_but_routed_experts, everything
+from model.config import ModelConfig
 from model.decoder import DTYPES, Decoder, DTypeName
 from model.moe import Experts, LocalExperts
 from model.pages import PageCache, PageFormat
@@ -15,12 +17,19 @@ from workers.page_pool import pages_for
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is computed: the arithmetic's dtype, the page format, sparse or dense, which kernels."""
+    """How a model is computed: arithmetic's dtype, page format, sparse or dense, which kernels, and where."""
 
     dtype: DTypeName = "float32"
     pages: PageFormat = "full"
     attention: AttentionMode = "sparse"
     kernels: Backend = "reference"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.kernels == "triton":
+            for field, needed in (("device", "cuda"), ("dtype", "bfloat16"), ("pages", "fp8")):
+                found = getattr(self, field)
+                require(found == needed, "kernels", f"'triton' goes with {field} {needed}, not {found}")
 
 
 class LocalModel:
@@ -48,10 +57,11 @@ class LocalModel:
         weights = self.checkpoint.load(
             all_but_routed_experts if experts else everything,
             dtype=DTYPES[options.dtype],
+            device=options.device,
+            widen=options.kernels != "triton",
             progress=progress,
         )
-        experts = experts or LocalExperts(self.config, weights, range(self.config.n_group), options.kernels)
-        self.decoder = Decoder(self.config, weights, experts, mode=options.attention, backend=options.kernels)
+        self.decoder = build_decoder(self.config, weights, experts, options)
         assert not weights, f"loaded and not used: {sorted(weights)[:3]}"
 
     def cache(self, num_tokens: int) -> PageCache:
@@ -62,8 +72,33 @@ class LocalModel:
             self.options.pages,
             DTYPES[self.options.dtype],
             backend=self.options.kernels,
+            device=self.options.device,
         )
 
     def engine(self, config: EngineConfig, num_tokens: int) -> Engine:
         """An engine whose sequences hold at most so many tokens together."""
         return Engine(self.decoder, self.cache(num_tokens), config)
+
+
+def build_decoder(
+    config: ModelConfig, weights: Weights, experts: Experts | None, options: ModelOptions
+) -> Decoder:
+    """A decoder of loaded weights, in the form that its kernels ask for.
+
+    Args:
+        experts: who computes the routed experts, or None: this process.
+
+    Raises:
+        UnsupportedKernel: the kernels cannot serve such weights.
+    """
+    mode, backend, groups = options.attention, options.kernels, range(config.n_group)
+    if backend != "triton":
+        experts = experts or LocalExperts(config, weights, groups, backend)
+        return Decoder(config, weights, experts, mode=mode, backend=backend)
+    require(config.quantization_config is not None, "kernels", "'triton' serves FP8 checkpoints only")
+    # Imported where they run: Triton takes 60 MiB, which workers without a GPU spare.
+    from model.fused.feed_forward import FusedExperts
+    from model.fused.layer import FusedLayer
+
+    experts = experts or FusedExperts(config, weights, groups, backend)
+    return Decoder(config, weights, experts, mode=mode, backend=backend, layer_class=FusedLayer)

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gate_topk import gate_topk
-from model.attention import Attention
 from model.checkpoint import Checkpoint, Weights, routed_experts
 from model.config import ModelConfig
-from model.decoder import DTYPES, Decoder, DecoderLayer, Trace
+from model.decoder import DTYPES, Decoder, Layer, Trace
 from model.inputs import ForwardInputs
 from model.layout import TensorSpec
 from model.moe import DispatchPlan, Experts, LocalExperts, PendingSum
@@ -157,10 +156,10 @@ class _Timed:
             return self._inner.forward(*args, **kwargs)
 
 
-def _timed_layer(layer: DecoderLayer, recorder: Recorder) -> DecoderLayer:
-    layer = copy(layer)
-    layer.attention = cast(Attention, _Timed(layer.attention, "attention", recorder))
-    return cast(DecoderLayer, _Timed(layer, "layers", recorder))
+def _timed_layer(layer: Layer, recorder: Recorder) -> Layer:
+    timed: Any = copy(layer)
+    timed.attention = _Timed(timed.attention, "attention", recorder)
+    return cast(Layer, _Timed(timed, "layers", recorder))
 
 
 class WatchedDecoder(Decoder):

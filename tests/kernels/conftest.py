@@ -1,9 +1,12 @@
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import JITFunction
+from triton.runtime.interpreter import InterpretedFunction
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +43,20 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs the Triton kernels of the modules it is given through the interpreter, on the CPU.
+
+    It is right about control flow, masks, addresses and fp32; not about casts to e4m3 or bf16 and not about
+    arithmetic in bf16, and it runs one program after another (so it sees no race).
+    """
+
+    def interpret(*modules: ModuleType) -> None:
+        for module in modules:
+            for name, value in vars(module).items():
+                if isinstance(value, JITFunction):
+                    monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
+
+    return interpret

@@ -18,13 +18,13 @@ def test_a_kept_rule_is_silent() -> None:
 
 def test_another_backend_is_refused_and_never_replaced() -> None:
     with pytest.raises(UnsupportedKernel, match=r"^topk: has no 'triton' implementation, only 'reference'$"):
-        require_reference("triton", "topk")  # type: ignore[arg-type]
+        require_reference("triton", "topk")
     with pytest.raises(UnsupportedKernel, match=r"^dense_mla: has no 'deterministic' implementation"):
         require_reference("deterministic", "dense_mla")
     with pytest.raises(
         UnsupportedKernel, match=r"^topk: has no 'triton' implementation, only 'reference' and"
     ):
-        require_torch("triton", "topk")  # type: ignore[arg-type]
+        require_torch("triton", "topk")
 
 
 def test_refusals_are_value_errors() -> None:

@@ -87,4 +87,4 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedKernel, match=r"^dense_mla: query width 8, key 7$"):
         dense_mla(q, torch.zeros(2, 7), visible, 1.0, RANK, backend="reference")
     with pytest.raises(UnsupportedKernel, match=r"^dense_mla: "):
-        dense_mla(q, torch.zeros(2, 8), visible, 1.0, RANK, backend="triton")  # type: ignore[arg-type]
+        dense_mla(q, torch.zeros(2, 8), visible, 1.0, RANK, backend="triton")

@@ -160,4 +160,4 @@ def test_refuses_a_group_without_channels(group: int) -> None:
 
 def test_refuses_another_backend() -> None:
     with pytest.raises(UnsupportedKernel, match=r"^quantize: "):
-        quantize(torch.zeros(1, 4), 4, backend="triton")  # type: ignore[arg-type]
+        quantize(torch.zeros(1, 4), 4, backend="triton")

@@ -188,4 +188,4 @@ def test_refusals(generator: torch.Generator) -> None:
     with pytest.raises(UnsupportedKernel, match=r"no groups of 2$"):
         grouped_experts(x, experts, weights, gate_up, down, 1, 2, backend="reference")
     with pytest.raises(UnsupportedKernel, match=r"^grouped_experts: "):
-        grouped_experts(x, experts, weights, gate_up, down, 0, 1, backend="triton")  # type: ignore[arg-type]
+        grouped_experts(x, experts, weights, gate_up, down, 0, 1, backend="triton")

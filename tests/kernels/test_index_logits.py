@@ -111,4 +111,4 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedKernel, match=r"^index_logits: query width 4, key width 5$"):
         index_logits(q, torch.ones(3, 5), None, torch.ones(1, 2), visible, backend="reference")
     with pytest.raises(UnsupportedKernel, match=r"^index_logits: "):
-        index_logits(q, keys, None, torch.ones(1, 2), visible, backend="triton")  # type: ignore[arg-type]
+        index_logits(q, keys, None, torch.ones(1, 2), visible, backend="triton")

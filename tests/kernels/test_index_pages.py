@@ -94,6 +94,6 @@ def test_refusals() -> None:
         write_index_keys_fp8(records, slots, keys, scales, PAGE, backend="reference")
     pages = torch.zeros(1, PAGE_BYTES, dtype=torch.uint8)
     with pytest.raises(UnsupportedKernel, match=r"^write_index_keys_fp8: "):
-        write_index_keys_fp8(pages, slots, keys, scales, PAGE, backend="triton")  # type: ignore[arg-type]
+        write_index_keys_fp8(pages, slots, keys, scales, PAGE, backend="triton")
     with pytest.raises(UnsupportedKernel, match=r"^read_index_keys_fp8: "):
-        read_index_keys_fp8(pages, slots, PAGE, backend="triton")  # type: ignore[arg-type]
+        read_index_keys_fp8(pages, slots, PAGE, backend="triton")

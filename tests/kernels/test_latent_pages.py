@@ -114,6 +114,6 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedKernel, match=r"^write_latents_fp8: 656 bytes, not 654$"):
         write_latents_fp8(pages, slots, torch.zeros(1, 512), torch.zeros(1, 63), backend="reference")
     with pytest.raises(UnsupportedKernel, match=r"^write_latents_fp8: "):
-        write_latents_fp8(pages, slots, torch.zeros(1, 512), torch.zeros(1, 64), backend="triton")  # type: ignore[arg-type]
+        write_latents_fp8(pages, slots, torch.zeros(1, 512), torch.zeros(1, 64), backend="triton")
     with pytest.raises(UnsupportedKernel, match=r"^read_latents_fp8: "):
-        read_latents_fp8(pages, slots, 512, backend="triton")  # type: ignore[arg-type]
+        read_latents_fp8(pages, slots, 512, backend="triton")

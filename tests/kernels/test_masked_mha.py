@@ -151,4 +151,4 @@ def test_refusals(generator: torch.Generator) -> None:
     with pytest.raises(UnsupportedKernel, match=r"^masked_mha: query width 5, key width 4$"):
         attend(q, k[..., :4], v, [1])
     with pytest.raises(UnsupportedKernel, match=r"^masked_mha: "):
-        masked_mha(q, k, v, torch.tensor([1]), None, 1.0, backend="triton")  # type: ignore[arg-type]
+        masked_mha(q, k, v, torch.tensor([1]), None, 1.0, backend="triton")

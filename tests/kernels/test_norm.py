@@ -83,8 +83,8 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedKernel, match=r"^rms_norm: weight must be float32, not torch.bfloat16$"):
         rms_norm(x, weight.bfloat16(), 1e-6, backend="reference")
     with pytest.raises(UnsupportedKernel, match=r"^rms_norm: "):
-        rms_norm(x, weight, 1e-6, backend="triton")  # type: ignore[arg-type]
+        rms_norm(x, weight, 1e-6, backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedKernel, match=r"^add_rms_norm: x .*2, 8.* and residual .*1, 8.* differ$"):
         add_rms_norm(x, x[:1], weight, 1e-6, backend="reference")
     with pytest.raises(UnsupportedKernel, match=r"^add_rms_norm: "):
-        add_rms_norm(x, x, weight, 1e-6, backend="triton")  # type: ignore[arg-type]
+        add_rms_norm(x, x, weight, 1e-6, backend="cuda")  # type: ignore[arg-type]

@@ -81,6 +81,6 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedKernel, match=r"^apply_rope: 6 channels, 4 angles$"):
         apply_rope(torch.zeros(1, 6), cos, sin, interleaved=True, backend="reference")
     with pytest.raises(UnsupportedKernel, match=r"^apply_rope: "):
-        apply_rope(torch.zeros(1, 8), cos, sin, interleaved=True, backend="triton")  # type: ignore[arg-type]
+        apply_rope(torch.zeros(1, 8), cos, sin, interleaved=True, backend="triton")
     with pytest.raises(TypeError, match="interleaved"):  # the layout has no default
         apply_rope(torch.zeros(1, 8), cos, sin, backend="reference")  # type: ignore[call-arg]

@@ -133,4 +133,4 @@ def test_refusals(generator: torch.Generator) -> None:
     with pytest.raises(UnsupportedKernel, match=r"^sparse_mla: 2 queries, 1 slot rows$"):
         attend(q, latents, slots[:1])
     with pytest.raises(UnsupportedKernel, match=r"^sparse_mla: "):
-        sparse_mla(q, reader(latents), slots, 1.0, RANK, backend="triton")  # type: ignore[arg-type]
+        sparse_mla(q, reader(latents), slots, 1.0, RANK, backend="triton")

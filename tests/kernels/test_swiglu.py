@@ -57,4 +57,4 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedKernel, match=r"^swiglu: width 7 is odd$"):
         swiglu(torch.zeros(1, 7), backend="reference")
     with pytest.raises(UnsupportedKernel, match=r"^swiglu: "):
-        swiglu(torch.zeros(1, 8), backend="triton")  # type: ignore[arg-type]
+        swiglu(torch.zeros(1, 8), backend="triton")

@@ -87,4 +87,4 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedKernel, match=r"^topk: k must be positive"):
         topk(torch.zeros(1, 4), 0, backend="reference")
     with pytest.raises(UnsupportedKernel, match=r"^topk: "):
-        topk(torch.zeros(1, 4), 2, backend="triton")  # type: ignore[arg-type]
+        topk(torch.zeros(1, 4), 2, backend="triton")

@@ -1,0 +1,199 @@
+"""Cases of what stands around the large kernels: bf16 products, inputs of attention, expanded attention.
+
+Peers are torch's own where it has the operation; the others have none of the same extent.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.kernels_inputs import (
+    HEADS,
+    HIDDEN,
+    INDEX_DIM,
+    INDEX_HEADS,
+    LATENT,
+    PAGE,
+    RECORD,
+    ROPE,
+    Case,
+    Made,
+    Peers,
+    generator,
+    randn,
+    relative,
+)
+
+_Q_RANK = 1536
+_ROUNDED = 4e-3
+
+
+def cases() -> list[Case]:
+    return [
+        *(_gate(rows) for rows in (32, 128, 4096)),
+        *(_absorb(rows) for rows in (32, 128)),
+        *(_attention_inputs(rows) for rows in (128, 4096)),
+        *(_query_inputs(rows) for rows in (128, 4096)),
+        _expanded(2048),
+    ]
+
+
+def _gate(num_rows: int, num_outputs: int = 256) -> Case:
+    def make(peers: Peers) -> Made:
+        from kernels.bf16_gemm import bf16_gemm
+
+        x, weight = randn(num_rows, HIDDEN), randn(num_outputs, HIDDEN, scale=0.02)
+        expected = x[:64].double() @ weight.double().t()
+        return Made(
+            lambda: bf16_gemm(x, weight, backend="triton"),
+            lambda out: relative(out[:64], expected),
+            _ROUNDED,  # the peer rounds to bf16, ours does not
+            peer=lambda: F.linear(x, weight),
+        )
+
+    return Case(
+        "bf16_gemm",
+        f"M{num_rows} N{num_outputs} K{HIDDEN}",
+        2.0 * num_rows * num_outputs * HIDDEN,
+        2.0 * (num_rows + num_outputs) * HIDDEN + 4 * num_rows * num_outputs,
+        make,
+        recorded=("torch matmul (gate)", f"M{num_rows} N{num_outputs} K{HIDDEN}"),
+    )
+
+
+def _absorb(num_rows: int) -> Case:
+    """Queries of 128 channels a head into the latent space."""
+
+    def make(peers: Peers) -> Made:
+        from kernels.bf16_gemm import per_head_gemm
+
+        x, weight = randn(num_rows, HEADS, 128), randn(HEADS, LATENT, 128, scale=0.1)
+        expected = torch.einsum("thk,hnk->thn", x.double(), weight.double())
+        return Made(
+            lambda: per_head_gemm(x, weight, backend="triton"),
+            lambda out: relative(out, expected),
+            _ROUNDED,
+            peer=lambda: torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1),
+            peer_name="torch.bmm",
+        )
+
+    return Case(
+        "per_head_gemm",
+        f"M{num_rows} H{HEADS} 128 -> {LATENT}",
+        2.0 * num_rows * HEADS * 128 * LATENT,
+        2.0 * HEADS * (LATENT * 128 + num_rows * (LATENT + 128)),
+        make,
+    )
+
+
+def _angles(num_rows: int) -> tuple[Tensor, Tensor]:
+    turned = torch.rand(num_rows, ROPE // 2, generator=generator(), device="cuda") * 6.28
+    return turned.cos(), turned.sin()
+
+
+def _attention_inputs(num_rows: int) -> Case:
+    def make(peers: Peers) -> Made:
+        from kernels.attention_inputs import (
+            AttentionNorms,
+            ProjectedColumns,
+            attention_inputs,
+            attention_inputs_reference,
+        )
+
+        columns = ProjectedColumns(_Q_RANK, LATENT, ROPE, INDEX_DIM)
+        projected = randn(num_rows, columns.width)
+        weights = (1 + randn(width, dtype=torch.float32, scale=0.1) for width in (_Q_RANK, LATENT, INDEX_DIM))
+        norms = AttentionNorms(*weights, randn(INDEX_DIM, dtype=torch.float32, scale=0.1))
+        cos, sin = _angles(num_rows)
+        num_pages = 2 * -(-num_rows // PAGE)
+        slots = torch.randperm(num_pages * PAGE, generator=generator(), device="cuda")[:num_rows]
+
+        def pages() -> tuple[Tensor, Tensor]:
+            sizes = (num_pages, PAGE, RECORD), (num_pages, PAGE * (INDEX_DIM + 4))
+            return torch.zeros(sizes[0], dtype=torch.uint8, device="cuda"), torch.zeros(
+                sizes[1], dtype=torch.uint8, device="cuda"
+            )
+
+        ours, expected = pages(), pages()
+        some = projected, columns, norms, cos, sin, slots
+        values, _ = attention_inputs_reference(*some, *expected, 1e-6)
+
+        def check(out: tuple[Tensor, Tensor]) -> float:
+            """The share of bytes that differ: values that a last bit moved by one step."""
+            pairs = (out[0].view(torch.uint8), values.view(torch.uint8)), *zip(ours, expected, strict=True)
+            return max(float((left != right).double().mean()) for left, right in pairs)
+
+        return Made(lambda: attention_inputs(*some, *ours, 1e-6, backend="triton"), check, 5e-3)
+
+    return Case(
+        "attention_inputs",
+        f"{num_rows} tokens",
+        0.0,
+        num_rows * (2.0 * (_Q_RANK + LATENT + ROPE + INDEX_DIM) + _Q_RANK + RECORD + INDEX_DIM + 4),
+        make,
+    )
+
+
+def _query_inputs(num_rows: int) -> Case:
+    def make(peers: Peers) -> Made:
+        from kernels.query_inputs import query_inputs, query_inputs_reference
+
+        index_q = randn(num_rows, INDEX_HEADS, INDEX_DIM)
+        head_weights = randn(num_rows, INDEX_HEADS, dtype=torch.float32)
+        q_pe = randn(num_rows, HEADS, ROPE)
+        q_latent = torch.zeros(num_rows, HEADS, LATENT + ROPE, dtype=torch.bfloat16, device="cuda")
+        angles = _angles(num_rows)
+        few = slice(0, 64)
+        expected_latent = q_latent[few].clone()
+        values, folded = query_inputs_reference(
+            index_q[few], head_weights[few], q_pe[few], expected_latent, *(each[few] for each in angles)
+        )
+
+        def check(out: tuple[Tensor, Tensor]) -> float:
+            return max(
+                relative(out[0][few].float(), values.float()),
+                relative(out[1][few], folded),
+                relative(q_latent[few], expected_latent),
+            )
+
+        return Made(
+            lambda: query_inputs(index_q, head_weights, q_pe, q_latent, *angles, backend="triton"),
+            check,
+            1e-2,
+        )
+
+    return Case(
+        "query_inputs",
+        f"{num_rows} tokens",
+        0.0,
+        num_rows * (INDEX_HEADS * (3.0 * INDEX_DIM + 8) + 4 * HEADS * ROPE),
+        make,
+    )
+
+
+def _expanded(num_rows: int) -> Case:
+    """A prompt from its beginning, dense and causal."""
+
+    def make(peers: Peers) -> Made:
+        from kernels.expanded_mha import expanded_mha
+
+        q, k = randn(num_rows, HEADS, 192), randn(num_rows, HEADS, 192).flip(0).contiguous()
+        v = randn(num_rows, HEADS, 128)
+        visible = torch.arange(1, num_rows + 1, dtype=torch.int32, device="cuda")
+        row = num_rows - 1
+        scores = torch.einsum("hq,lhq->hl", q[row].float(), k.float()) * 192**-0.5
+        expected = torch.einsum("hl,lhv->hv", scores.softmax(-1), v.float())
+        return Made(
+            lambda: expanded_mha(q, k, v, visible, None, 192**-0.5, backend="triton"),
+            lambda out: relative(out[row], expected),
+            6e-3,
+        )
+
+    pairs = num_rows * (num_rows + 1) / 2
+    return Case(
+        "expanded_mha",
+        f"{num_rows} causal H{HEADS}",
+        2.0 * HEADS * pairs * (192 + 128),
+        2.0 * num_rows * HEADS * (192 + 192 + 128 + 128),
+        make,
+    )

@@ -1,0 +1,224 @@
+"""Products of quantised activations with quantised weights, y = x W^T, in two forms by the number of rows.
+
+    y[t, n] = sum_b  x_scale[t, b] * weight_scale[n // 128, b] * (sum_k in b  x[t, k] * weight[n, k])
+*Prefill* (many rows) is bound by the tensor cores: tiles of tokens by outputs in an order that keeps weights
+and tokens in L2. *Decode* streams each weight once: operands swapped, K split over programs so that all of
+the GPU loads, the parts added by whichever program of a tile ends last (`split_sum.py`).
+Shapes: T rows, K inputs (a multiple of 128), N outputs, S splits of K.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.fp8_gemm_prefill import Prefill, launch_prefill, prefill_config
+from kernels.fp8_quant import FP8, dequantize_blocks, dequantize_reference
+from kernels.fp8_tiles import BLOCK, weights_by_tokens
+from kernels.split_sum import is_last_part, parts_of, split_counters, sum_of_parts
+
+_SHARED_BYTES = 228 * 1024  # of a Hopper processor; 1 KiB of it goes with each program
+
+
+def fp8_gemm(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    backend: Backend,
+) -> Tensor:
+    """Multiply rows with a weight.
+
+    Launches on one GPU must follow one another, on one stream: they share counters (`split_sum.py`).
+
+    Args:
+        x: [T, K] e4m3.
+        x_scales: [T, K / 128] float32, any strides; transposed in memory they are read fastest.
+        weight: [N, K] e4m3.
+        weight_scales: [ceil(N / 128), K / 128] float32.
+
+    Returns:
+        [T, N] of out_dtype, summed in fp32.
+    """
+    _require_shapes(x, x_scales, weight, weight_scales)
+    require_triton_or_reference(backend, "fp8_gemm")
+    if backend == "reference":
+        return fp8_gemm_reference(x, x_scales, weight, weight_scales, out_dtype=out_dtype)
+    config = _config_for(x.shape[0], weight.shape[0], weight.shape[1], _num_sms(x.device))
+    return _launch(x, x_scales, weight, weight_scales, out_dtype, config)
+
+
+def fp8_gemm_reference(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    wide = dequantize_reference(x, x_scales, BLOCK)
+    return (wide @ dequantize_blocks(weight, weight_scales, BLOCK).t()).to(out_dtype)
+
+
+def _require_shapes(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor) -> None:
+    blocks = x.shape[1] // BLOCK
+    require(x.dtype == weight.dtype == FP8, "fp8_gemm", f"{x.dtype} by {weight.dtype} is not e4m3 by e4m3")
+    require(
+        x.shape[1] == weight.shape[1] and x.shape[1] % BLOCK == 0 and blocks > 0,
+        "fp8_gemm",
+        f"x {tuple(x.shape)} by weight {tuple(weight.shape)}: K must be the same, a multiple of {BLOCK}",
+    )
+    require(
+        x_scales.shape == (x.shape[0], blocks)
+        and weight_scales.shape == (triton.cdiv(weight.shape[0], BLOCK), blocks),
+        "fp8_gemm",
+        f"scales {tuple(x_scales.shape)} and {tuple(weight_scales.shape)} are not one a {BLOCK} of K",
+    )
+    require(
+        x.is_contiguous() and weight.is_contiguous() and weight_scales.is_contiguous(),
+        "fp8_gemm",
+        "x, weight and weight_scales must be contiguous",
+    )
+
+
+class _Decode(NamedTuple):
+    """A program makes `outputs` x `tokens` of the result over a share of K's blocks."""
+
+    outputs: int  # 64 or 128
+    tokens: int  # 16 to 128
+    splits: int
+    warps: int
+    stages: int
+    tma: bool
+
+
+def _config_for(num_rows: int, num_outputs: int, num_inputs: int, num_sms: int) -> _Decode | Prefill:
+    """What to run; benchmarks/LOG.md has the sweep this comes from."""
+    if num_rows > 256:
+        return prefill_config(num_rows, num_outputs, num_sms)
+    tokens, outputs = max(16, min(128, triton.next_power_of_2(num_rows))), 64
+    tiles = triton.cdiv(num_outputs, outputs) * triton.cdiv(num_rows, tokens)
+    # Each split adds traffic for its part of the sum, so a share of K is at least 4 blocks, and 2 programs a
+    # processor are enough: what they keep in flight is its shared memory, however many share it.
+    splits = max(1, min(2 * num_sms // tiles, num_inputs // BLOCK // 4, 16))
+    residents = 2 if tiles * splits <= 2 * num_sms else 3
+    stages = min(10, (_SHARED_BYTES // residents - 2048) // ((outputs + tokens) * BLOCK + 4 * tokens))
+    return _Decode(outputs, tokens, splits, warps=4, stages=stages, tma=True)
+
+
+@lru_cache(maxsize=16)
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _launch(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    out_dtype: torch.dtype,
+    config: _Decode | Prefill,
+) -> Tensor:
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    if isinstance(config, _Decode):
+        _launch_decode(x, x_scales, weight, weight_scales, out, config)
+    else:
+        launch_prefill(x, x_scales, weight, weight_scales, out, config)
+    return out
+
+
+def _launch_decode(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, out: Tensor, config: _Decode
+) -> None:
+    tiles = triton.cdiv(out.shape[1], config.outputs), triton.cdiv(out.shape[0], config.tokens)
+    num_tiles, tile_size = tiles[0] * tiles[1], config.outputs * config.tokens
+    parts = parts_of(num_tiles, config.splits, tile_size, x.device, "fp8_gemm")
+    _decode_kernel[(tiles[0] * config.splits, tiles[1])](
+        _described(x, config.tokens) if config.tma else x,
+        x_scales,
+        _described(weight, config.outputs) if config.tma else weight,
+        weight_scales,
+        out,
+        parts,
+        split_counters(x.device),
+        *out.shape,
+        x.shape[1],
+        *x_scales.stride(),
+        BN=config.outputs,
+        BT=config.tokens,
+        SPLITS=config.splits,
+        TMA=config.tma,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+
+
+def _described(matrix: Tensor, rows: int) -> Any:
+    return TensorDescriptor.from_tensor(matrix, [rows, BLOCK])
+
+
+@triton.jit(do_not_specialize=["T", "x_scale_stride_k"])
+def _decode_kernel(
+    x,  # [T, K] e4m3
+    x_scales,  # [T, K / 128] f32
+    weight,  # [N, K] e4m3
+    weight_scales,  # [ceil(N / 128), K / 128] f32
+    out,  # [T, N]
+    parts,  # [tiles, S, BN, BT] f32
+    counters,  # [tiles] i32
+    T,
+    N,
+    K,
+    x_scale_stride_t,
+    x_scale_stride_k,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    split = tl.program_id(0) % SPLITS
+    tile_n = tl.program_id(0) // SPLITS
+    n = tile_n * BN + tl.arange(0, BN)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    rows = tl.minimum(t, T - 1).to(tl.int64)
+    num_blocks = K // 128
+    acc = weights_by_tokens(
+        weight,
+        tl.minimum(n, N - 1).to(tl.int64),
+        tile_n * BN,
+        weight_scales + (tile_n * BN // 128) * num_blocks,
+        x,
+        rows,
+        tl.program_id(1) * BT,
+        x_scales + rows * x_scale_stride_t,
+        x_scale_stride_k,
+        num_blocks * split // SPLITS,
+        num_blocks * (split + 1) // SPLITS,
+        K,
+        BN,
+        BT,
+        TMA,
+        TMA,
+        STAGES,
+    )  # [BN, BT]
+    if SPLITS > 1:
+        tile = tl.program_id(1) * (tl.num_programs(0) // SPLITS) + tile_n
+        part = parts + tile.to(tl.int64) * (SPLITS * BN * BT)
+        if not is_last_part(acc, part, counters + tile, split, SPLITS, BN, BT):
+            return
+        acc = sum_of_parts(part, counters + tile, SPLITS, BN, BT)
+    tl.store(
+        out + t.to(tl.int64)[None, :] * N + n[:, None],
+        acc.to(out.dtype.element_ty),
+        mask=(t < T)[None, :] & (n < N)[:, None],
+    )

@@ -1,0 +1,227 @@
+"""`sparse_mla_decode` over FP8 records for NVIDIA Hopper alone, in Gluon: some warps widen, eight compute.
+
+Widening is what limits this operation: done in between by the warps that compute, it stops the tensor cores.
+Here other warps fetch records, widen them and lay them into one of two buffers while eight warps compute on
+the other (`consume` of `sparse_mla_prefill_gluon`). They widen to fp16 and not to bf16: from e4m3 that is one
+instruction for two values, to bf16 it is five. Scales are powers of two of at least 2^-22, so products are
+exact within fp16's range: they become infinite above 65504 (a normalised latent stays below sqrt(C) times
+its norm's weight) and are rounded to 2^-25 below 2^-14. Each head's query is brought into range by a power of
+two, which its scores' factor undoes. k_pe, which nothing normalises, stays bf16.
+Shapes: T queries, H heads, K slots a query, C = 512 kv_lora_rank, R = 64 rotated channels, P pages.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from kernels.backend import require
+from kernels.latent_tiles import LOG2_E, choose_splits, combine, make_partials, num_sms
+from kernels.sparse_mla_decode import require_latents
+from kernels.sparse_mla_prefill_gluon import consume
+
+_OPERATION = "sparse_mla_decode_gluon"
+_HEADS = 64  # the rows of one warp group's products
+_KEYS = 64  # of a tile: two tiles and the queries fill shared memory
+_RANK, _ROPE, _RECORD = 512, 64, 656
+
+
+class WidenConfig(NamedTuple):
+    """Who widens: warps, and their registers."""
+
+    num_warps: int
+    registers: int
+
+
+# With more than 12 warps in all none may hold an accumulator of half the register file.
+_CONFIG = WidenConfig(4, 104)
+
+
+def sparse_mla_decode_gluon(
+    q: Tensor, latent_pages: Tensor, slots: Tensor, scale: float, kv_lora_rank: int
+) -> Tensor:
+    """Attend to chosen slots; arguments and result as in `sparse_mla_decode`, full-size FP8 records only."""
+    require_latents(_OPERATION, q, latent_pages, kv_lora_rank)
+    require(q.shape[0] == slots.shape[0], _OPERATION, f"{q.shape[0]} queries, {slots.shape[0]} slot rows")
+    require(q.dtype == torch.bfloat16, _OPERATION, f"queries must be bfloat16, not {q.dtype}")
+    require(
+        latent_pages.dtype == torch.uint8 and latent_pages.shape[-1] == _RECORD and kv_lora_rank == _RANK,
+        _OPERATION,
+        f"serves records of {_RECORD} bytes, not {latent_pages.shape[-1]}",
+    )
+    require(slots.stride(1) == 1 or slots.shape[1] <= 1, _OPERATION, "rows of slots must be contiguous")
+    return _launch(q, latent_pages, slots, scale, _CONFIG)
+
+
+def _launch(
+    q: Tensor,
+    latent_pages: Tensor,
+    slots: Tensor,
+    scale: float,
+    config: WidenConfig,
+    splits: int | None = None,
+) -> Tensor:
+    """`splits` only for measuring; the product leaves it to `choose_splits`."""
+    num_rows, num_heads, _ = q.shape
+    out = q.new_empty(num_rows, num_heads, _RANK)
+    if out.numel() == 0:
+        return out
+    num_tiles = triton.cdiv(slots.shape[1], _KEYS)
+    head_blocks = triton.cdiv(num_heads, _HEADS)
+    if splits is None:
+        splits = choose_splits(num_rows * head_blocks, num_tiles, num_sms(q.device))
+    partials = make_partials(num_rows, splits, num_heads, _RANK, q.device) if splits > 1 else None
+    _decode[(head_blocks * splits * num_rows,)](
+        q,
+        latent_pages,
+        slots,
+        out if partials is None else partials.out,
+        out if partials is None else partials.log_sum,
+        scale * LOG2_E,
+        num_heads,
+        slots.shape[1],
+        slots.stride(0),
+        splits,
+        triton.cdiv(num_tiles, splits) * _KEYS,
+        BLOCK_H=_HEADS,
+        BLOCK_K=_KEYS,
+        SPLIT=partials is not None,
+        WIDENERS=config.num_warps,
+        REGISTERS=config.registers,
+        num_warps=8,
+    )
+    if partials is not None:
+        combine(partials, out)
+    return out
+
+
+@gluon.jit
+def _widen(
+    pages, row, begin, end, c_tiles, pe_tiles, ready, free, BLOCK_K: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Fill the two buffers in turn; a tile's records are under way while its buffer is waited for."""
+    GROUP: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])  # 128 bytes of a row
+    PE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    keys = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, GROUP))
+    channels = gl.arange(0, 128, layout=gl.SliceLayout(0, GROUP))
+    rotated = gl.arange(0, 64, layout=gl.SliceLayout(0, PE))
+    bytes8 = pages.to(gl.pointer_type(gl.float8e4nv), bitcast=True)
+    floats = pages.to(gl.pointer_type(gl.float32), bitcast=True) + 128
+    halves = pages.to(gl.pointer_type(gl.bfloat16), bitcast=True) + 264
+    ahead = gl.load(row + begin + keys, mask=begin + keys < end, other=-1)
+    for tile in range(gl.cdiv(end - begin, BLOCK_K)):
+        slots = ahead
+        following = begin + (tile + 1) * BLOCK_K
+        ahead = gl.load(row + following + keys, mask=following + keys < end, other=-1)
+        here = slots >= 0
+        records = slots.to(gl.int64)
+        at = (bytes8 + records * 656)[:, None] + channels[None, :]
+        there = here[:, None]
+        v0 = gl.load(at, mask=there, other=0.0)
+        v1 = gl.load(at + 128, mask=there, other=0.0)
+        v2 = gl.load(at + 256, mask=there, other=0.0)
+        v3 = gl.load(at + 384, mask=there, other=0.0)
+        scales = floats + records * 164
+        s0 = gl.load(scales, mask=here, other=0.0)
+        s1 = gl.load(scales + 1, mask=here, other=0.0)
+        s2 = gl.load(scales + 2, mask=here, other=0.0)
+        s3 = gl.load(scales + 3, mask=here, other=0.0)
+        pe_slots = gl.convert_layout(slots, gl.SliceLayout(1, PE))
+        pe_at = (halves + pe_slots.to(gl.int64) * 328)[:, None] + rotated[None, :]
+        stage = tile % 2
+        # A buffer's first use waits for the phase before the first, which counts as over.
+        mbarrier.wait(free.index(stage), ((tile // 2) & 1) ^ 1)
+        async_copy.async_copy_global_to_shared(pe_tiles.index(stage), pe_at, mask=(pe_slots >= 0)[:, None])
+        async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+        c_tile = c_tiles.index(stage)
+        c_tile.slice(0, 128, dim=1).store(v0.to(gl.float16) * s0.to(gl.float16)[:, None])
+        c_tile.slice(128, 128, dim=1).store(v1.to(gl.float16) * s1.to(gl.float16)[:, None])
+        c_tile.slice(256, 128, dim=1).store(v2.to(gl.float16) * s2.to(gl.float16)[:, None])
+        c_tile.slice(384, 128, dim=1).store(v3.to(gl.float16) * s3.to(gl.float16)[:, None])
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(ready.index(stage))
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _decode(
+    q,  # [T, H, 576]
+    pages,
+    slots,  # [T, K]
+    out,  # [T, H, 512], or with SPLIT [T, splits, H, 512] float32
+    log_sums,  # [T, splits, H]
+    scale,
+    H,
+    K,
+    slots_stride,
+    splits,
+    split_keys,  # keys a split, a multiple of BLOCK_K
+    BLOCK_H: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    SPLIT: gl.constexpr,
+    WIDENERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    # Programs that read the same latents run side by side and share them through L2.
+    program = gl.program_id(0)
+    head_blocks = gl.cdiv(H, BLOCK_H)
+    head_block, split = program % head_blocks, (program // head_blocks) % splits
+    t = (program // (head_blocks * splits)).to(gl.int64)
+    C: gl.constexpr = 512
+    R: gl.constexpr = 64
+
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    C_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, C], gl.float16)
+    PE_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, R], gl.bfloat16)
+    W_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, BLOCK_K], gl.float16)
+    q_c = gl.allocate_shared_memory(gl.float16, [BLOCK_H, C], C_SHARED)
+    q_pe = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, R], PE_SHARED)
+    c_tiles = gl.allocate_shared_memory(gl.float16, [2, BLOCK_K, C], C_SHARED)
+    pe_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_K, R], PE_SHARED)
+    weights_tile = gl.allocate_shared_memory(gl.float16, [BLOCK_H, BLOCK_K], W_SHARED)
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(2):
+        mbarrier.init(ready.index(stage), count=32 * WIDENERS + 1)  # threads' copies; values
+        mbarrier.init(free.index(stage), count=1)
+
+    heads = head_block * BLOCK_H + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, LOADED))
+    at = q + (t * H + heads)[:, None] * (C + R)
+    there = (heads < H)[:, None]
+    channels = gl.arange(0, C, layout=gl.SliceLayout(0, LOADED))
+    rotated = C + gl.arange(0, R, layout=gl.SliceLayout(0, LOADED))
+    wide = gl.load(at + channels[None, :], mask=there, other=0.0).to(gl.float32)
+    # A head's greatest number comes to lie in [256, 512). Exponents are biased, as in fp32.
+    exponent = (gl.max(gl.abs(wide), 1).to(gl.int32, bitcast=True) >> 23) & 0xFF
+    up = gl.minimum(262 - exponent, 254)
+    raised = (up << 23).to(gl.float32, bitcast=True)
+    undo = (gl.maximum(254 - up, 1) << 23).to(gl.float32, bitcast=True)
+    q_c.store((wide * raised[:, None]).to(gl.float16))
+    pe = gl.load(at + rotated[None, :], mask=there, other=0.0).to(gl.float32)
+    q_pe.store((pe * raised[:, None]).to(gl.bfloat16))
+    fence_async_shared()
+    gl.thread_barrier()
+
+    row = slots + t * slots_stride
+    begin = split * split_keys
+    end = gl.minimum(begin + split_keys, K)
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    row, begin, end, q_c, q_pe, c_tiles, pe_tiles, weights_tile, ready, free, undo * scale,
+                    out, log_sums, (t * splits + split) * H, H, head_block, C, BLOCK_H, BLOCK_K, SPLIT, False,
+                ),
+            ),
+            (_widen, (pages, row, begin, end, c_tiles, pe_tiles, ready, free, BLOCK_K, WIDENERS)),
+        ],
+        [WIDENERS],
+        [REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""The feed-forward parts for GPUs: FP8 weights, and routed experts as two grouped products.
+
+Shapes: T tokens, D width, I inner width, e experts held here, k experts a token, R = T * k routed rows.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Backend, require
+from kernels.bf16_gemm import bf16_gemm
+from kernels.dispatch_plan import RoutedRows, dispatch_plan, new_ticket
+from kernels.expert_sum import expert_sum
+from kernels.fp8_gemm import fp8_gemm
+from kernels.grouped_fp8_gemm import grouped_fp8_gemm
+from kernels.swiglu_quantize import swiglu_quantize
+from model.checkpoint import Weights
+from model.config import ModelConfig
+from model.fused.weights import Fp8Matrix
+from model.moe import DispatchPlan, Done, Experts, PendingSum, WithShared, experts_of
+
+Quantized = tuple[Tensor, Tensor]
+"""Rows [T, K] e4m3 and their scales [T, K / 128] float32."""
+
+
+class FusedFeedForward:
+    """SwiGLU: W_down(silu(W_gate x) * (W_up x)), in three launches."""
+
+    def __init__(self, weights: Weights, prefix: str, backend: Backend) -> None:
+        self._backend = backend
+        self._gate_up = Fp8Matrix.take(weights, f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
+        self._down = Fp8Matrix.take(weights, f"{prefix}.down_proj.weight")
+
+    def forward(self, x: Quantized) -> Tensor:
+        """[T, D] to [T, D] bf16."""
+        gate_up = fp8_gemm(*x, self._gate_up.values, self._gate_up.scales, backend=self._backend)
+        inner = swiglu_quantize(gate_up, backend=self._backend)
+        return fp8_gemm(*inner, self._down.values, self._down.scales, backend=self._backend)
+
+
+class FusedExperts:
+    """All routed experts of every MoE layer, in this process; as `LocalExperts`, for FP8 checkpoints."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        groups: range,
+        backend: Backend,
+        layers: Iterable[int] | None = None,
+    ) -> None:
+        """Take over what is held here: whole groups, of all MoE layers unless `layers` names some."""
+        self.groups, self._backend = groups, backend
+        self._config = config
+        experts = experts_of(config, groups)
+        self.first, self.num_held = experts.start, len(experts)
+        self._gate_up: dict[int, Fp8Matrix] = {}  # layer -> [e, 2 I, D]
+        self._down: dict[int, Fp8Matrix] = {}  # layer -> [e, D, I]
+        for layer in range(config.num_cached_layers) if layers is None else layers:
+            if config.is_dense(layer):
+                continue
+            names = [f"model.layers.{layer}.mlp.experts.{expert}" for expert in experts]
+            self._gate_up[layer] = _stacked(
+                [Fp8Matrix.take(weights, f"{n}.gate_proj.weight", f"{n}.up_proj.weight") for n in names]
+            )
+            self._down[layer] = _stacked([Fp8Matrix.take(weights, f"{n}.down_proj.weight") for n in names])
+
+    def submit(self, layer: int, x: Tensor, plan: DispatchPlan) -> PendingSum:
+        """Not from here: rows come with the plan that the gate's kernel made, through `forward`."""
+        raise NotImplementedError("FusedExperts compute what a FusedMoE gives them")
+
+    def forward(self, layer: int, x: Quantized, plan: RoutedRows, shared: Tensor) -> Tensor:
+        """[T, D] bf16: each token's weighted sum of its experts here, and of the shared one.
+
+        Args:
+            shared: [T, D], the shared expert's rows.
+        """
+        gate_up, down = self._gate_up[layer], self._down[layer]
+        # Rows an expert gets on average decide the tiles; who gets how many is known on the device alone.
+        expected = max(1, plan.rows.numel() // self._config.n_routed_experts)
+        multiply = partial(grouped_fp8_gemm, expected_rows=expected, backend=self._backend)
+        both = multiply(*x, gate_up.values, gate_up.scales, plan.offsets, plan.rows)
+        inner = swiglu_quantize(both, num_valid=plan.offsets[-1:], backend=self._backend)
+        out = multiply(*inner, down.values, down.scales, plan.offsets, None)
+        return expert_sum(
+            out,
+            plan.places,
+            plan.experts,
+            plan.weights,
+            group_size=self._config.group_size,
+            first_group=self.groups.start,
+            num_groups=len(self.groups),
+            shared=shared,
+            dtype=torch.bfloat16,
+            backend=self._backend,
+        )
+
+
+def _stacked(parts: list[Fp8Matrix]) -> Fp8Matrix:
+    values = torch.stack([part.values.view(torch.uint8) for part in parts]).view(parts[0].values.dtype)
+    return Fp8Matrix(values, torch.stack([part.scales for part in parts]))
+
+
+class FusedMoE:
+    """Gate, shared expert, and the routed experts: here (`FusedExperts`), or wherever `experts` has them."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, layer: int, experts: Experts, backend: Backend
+    ) -> None:
+        prefix = f"model.layers.{layer}.mlp"
+        self._config, self._layer, self._experts, self._backend = config, layer, experts, backend
+        gate = weights.take(f"{prefix}.gate.weight")
+        self._gate = gate.to(torch.bfloat16)
+        require(
+            torch.equal(self._gate.float(), gate),
+            "gate",
+            "its weight is stored in more than bf16: use 'reference'",
+        )
+        self._bias = weights.take(f"{prefix}.gate.e_score_correction_bias")
+        self._ticket = new_ticket(gate.device)
+        self._shared = FusedFeedForward(weights, f"{prefix}.shared_experts", backend)
+
+    def submit(self, x: Quantized, normed: Tensor, routed: list[Tensor] | None = None) -> PendingSum:
+        """[T, D] to [T, D] bf16.
+
+        Args:
+            x, normed: the same rows, quantised and as they are.
+            routed: where given, receives the experts [T, k] of each token.
+        """
+        plan = self._plan(normed)
+        if routed is not None:
+            routed.append(plan.experts.long())
+        if isinstance(self._experts, FusedExperts):
+            return Done(self._experts.forward(self._layer, x, plan, self._shared.forward(x)))
+        pending = self._experts.submit(self._layer, normed, DispatchPlan(plan.experts.long(), plan.weights))
+        return WithShared(pending, self._shared.forward(x))
+
+    def _plan(self, normed: Tensor) -> RoutedRows:
+        config = self._config
+        held = self._experts if isinstance(self._experts, FusedExperts) else None
+        return dispatch_plan(
+            bf16_gemm(normed, self._gate, backend=self._backend),
+            self._bias,
+            num_groups=config.n_group,
+            topk_group=config.topk_group,
+            k=config.num_experts_per_tok,
+            normalize=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+            first_expert=held.first if held else 0,
+            num_experts=held.num_held if held else config.n_routed_experts,
+            ticket=self._ticket,
+            backend=self._backend,
+        )
