@@ -37,7 +37,7 @@ check: $(VENV)
 
 ## compare with transformers on this machine
 bench: $(VENV)
-	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python -m benchmarks.generate
 
 ## generate the gRPC stubs anew
 proto: $(VENV)

@@ -1,6 +1,6 @@
 """How many drafts of the demo's MTP module are accepted, by position, greedy.
 
-    python benchmarks/acceptance.py [--lookups 12]
+    python -m benchmarks.acceptance [--lookups 12]
 
 Beside the oracle's prompts (32 tokens each) stands what the card's oracle says of the first draft at every
 position; the engine judges fewer, because a step that accepts a draft skips the next one. Lookup answers are

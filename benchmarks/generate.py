@@ -1,6 +1,6 @@
 """The demo on this CPU against `transformers` with its cache: same prompts, same run, as ratios.
 
-    python benchmarks/generate.py [--repeats 5] [--prompt-tokens 4096] [--decode-tokens 64] [--threads 2]
+    python -m benchmarks.generate [--repeats 5] [--prompt-tokens 4096] [--decode-tokens 64] [--threads 2]
 
 Times alternate between the two in one process, so that whatever else the machine does hits both; the ratio is
 of medians. Peak memory is measured in a process of its own for each. Prints a table and writes JSON beside
@@ -118,8 +118,10 @@ def prompts(num_tokens: int) -> dict[str, list[int]]:
 
 def peak_memory(side: str, num_prompt: int) -> int:
     """Bytes that a process of its own held at most while it ran the long prompt once."""
-    command = [sys.executable, __file__, "--memory-of", side, "--prompt-tokens", str(num_prompt)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    options = ["--memory-of", side, "--prompt-tokens", str(num_prompt)]
+    command = [sys.executable, "-m", "benchmarks.generate", *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=RESULTS.parent.parent)
+    return int(done.stdout)
 
 
 def high_water_mark() -> int:

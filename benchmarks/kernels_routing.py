@@ -18,13 +18,12 @@ def cases() -> list[Case]:
 
 def _plan(num_tokens: int) -> Case:
     def make(peers: Peers) -> Made:
-        from kernels.dispatch_plan import RoutedRows, dispatch_plan, new_ticket
+        from kernels.dispatch_plan import RoutedRows, dispatch_plan
         from kernels.gate_topk import gate_topk_reference
 
         logits = randn(num_tokens, _EXPERTS, dtype=torch.float32)
         bias = 0.1 * torch.rand(_EXPERTS, generator=generator(), device="cuda")
         gate = {"num_groups": _GROUPS, "topk_group": _TOPK_GROUP, "k": _CHOSEN, "normalize": True}
-        ticket = new_ticket("cuda")
         expected, expected_weights = gate_topk_reference(logits.sigmoid(), bias, scale=_SCALE, **gate)
         expected, order = expected.sort(-1)
 
@@ -49,7 +48,6 @@ def _plan(num_tokens: int) -> Case:
                 scale=_SCALE,
                 first_expert=0,
                 num_experts=_EXPERTS,
-                ticket=ticket,
                 backend="triton",
             ),
             check,

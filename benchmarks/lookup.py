@@ -1,7 +1,7 @@
 """How often the demo finds what it is asked for in a document, over HTTP, beside its model card.
 
     eightfold serve &
-    python benchmarks/lookup.py http://127.0.0.1:8000 [--tokens 1000 2000 4000] [--at-once 4]
+    python -m benchmarks.lookup http://127.0.0.1:8000 [--tokens 1000 2000 4000] [--at-once 4]
 
 The conversations of `lookup.jsonl` are scored as on the card: greedy, the whole answer must be the given one,
 earlier answers of a conversation stand as they are given. The card's own documents were others, of the same

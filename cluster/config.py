@@ -58,7 +58,8 @@ class ModelSection(_Section):
     With `deterministic` an answer's bits depend on its request and the weights alone: not on who else is
     served, how prompts are cut, who computes what, or on drafts. It costs time (docs/deterministic.md).
     `kernels: triton` is for NVIDIA GPUs from Hopper on: it goes with `device: cuda`, `dtype: bfloat16` and
-    `pages: fp8`, and with FP8 checkpoints.
+    `pages: fp8`, and with FP8 checkpoints. `third_party` lets libraries do what they also can, where their
+    wheels are installed (kernels/third_party.py says which).
     """
 
     directory: Annotated[Path, Field(strict=False)] = DEMO
@@ -68,6 +69,7 @@ class ModelSection(_Section):
     attention: AttentionMode = "sparse"
     kernels: Literal["reference", "triton"] = "reference"
     device: Literal["cpu", "cuda"] = "cpu"
+    third_party: Annotated[tuple[Literal["deep_gemm", "flash_mla"], ...], Field(strict=False)] = ()
     deterministic: bool = False
 
     @model_validator(mode="after")
@@ -84,7 +86,7 @@ class ModelSection(_Section):
 
     def options(self) -> ModelOptions:
         kernels: Backend = "deterministic" if self.deterministic else self.kernels
-        return ModelOptions(self.dtype, self.pages, self.attention, kernels, self.device)
+        return ModelOptions(self.dtype, self.pages, self.attention, kernels, self.device, self.third_party)
 
 
 class EngineSection(_Section):

@@ -106,16 +106,24 @@ class _Config(NamedTuple):
 
 
 def _config_for(num_rows: int, num_heads: int, num_outputs: int, num_inputs: int, num_sms: int) -> _Config:
-    """What to run; benchmarks/LOG.md has the sweep this comes from."""
+    """What to run, from the sweep of 2026-11-22 on an H100; benchmarks/LOG.md has it."""
     inputs = min(128, max(16, triton.next_power_of_2(num_inputs)))
     if num_heads > 1:
         tokens = max(16, min(128, triton.next_power_of_2(num_rows)))
-        return _Config(128, tokens, min(inputs, 64), 1, warps=8 if tokens >= 64 else 4, stages=4)
-    tokens = max(16, min(64 if num_rows > 256 else 32, triton.next_power_of_2(num_rows)))
-    tiles = triton.cdiv(num_outputs, 64) * triton.cdiv(num_rows, tokens)
-    # Each part is written and read once more: no less than 2 steps a program, 2 programs a processor.
-    splits = max(1, min(2 * num_sms // tiles, triton.cdiv(num_inputs, inputs) // 2, 16))
-    return _Config(64, tokens, inputs, splits, warps=4, stages=4)
+        if tokens >= 64:
+            return _Config(64 if num_rows <= 128 else 128, tokens, min(inputs, 64), 1, warps=8, stages=3)
+        if tokens == 32:
+            return _Config(128, 32, inputs if num_inputs > 128 else min(inputs, 64), 1, warps=4, stages=3)
+        return _Config(128, 16, min(inputs, 64), 1, warps=4, stages=4)
+    columns = triton.cdiv(num_outputs, 64)
+    if num_rows > 256:
+        tokens, inputs = (128, min(inputs, 64)) if columns > 1 else (64, inputs)
+    else:
+        tokens = 16 if num_rows <= 64 or columns == 1 else 32
+    tiles = columns * triton.cdiv(num_rows, tokens)
+    # Each part is written and read once more, which takes as long as several steps.
+    splits = max(1, min(num_sms // max(1, tiles), num_inputs // 896, 8))
+    return _Config(64, tokens, inputs, splits, warps=4, stages=5)
 
 
 @lru_cache(maxsize=16)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
 from kernels.dense_mla import dense_mla_reference
+from kernels.dense_mla_decode_gluon import dense_mla_decode_gluon
 from kernels.latent_pages import unpack_latents_reference
 from kernels.latent_tiles import (
     LOG2_E,
@@ -20,13 +21,15 @@ from kernels.latent_tiles import (
     attend_tile,
     choose_splits,
     combine,
+    is_full_size,
+    is_hopper,
     make_partials,
     num_sms,
     read_query,
     read_tile,
+    require_latents,
     write_result,
 )
-from kernels.sparse_mla_decode import require_latents
 
 _OPERATION = "dense_mla_decode"
 
@@ -77,6 +80,17 @@ def dense_mla_decode(
             kv_lora_rank=kv_lora_rank,
         )
     require(q.dtype == torch.bfloat16, _OPERATION, f"queries must be bfloat16, not {q.dtype}")
+    if _gluon_gains(q, latent_pages, rows_per_sequence, kv_lora_rank):
+        return dense_mla_decode_gluon(
+            q,
+            latent_pages,
+            page_table,
+            visible,
+            rows_per_sequence=rows_per_sequence,
+            max_visible=max_visible,
+            scale=scale,
+            kv_lora_rank=kv_lora_rank,
+        )
     config = _config_for(rows_per_sequence * q.shape[1], fp8=latent_pages.dtype == torch.uint8)
     aligned = latent_pages.shape[1] % config.block_keys == 0
     require(aligned, _OPERATION, f"pages of {latent_pages.shape[1]} are no multiple of {config.block_keys}")
@@ -110,6 +124,13 @@ def dense_mla_decode_reference(
             rows = slice(row, row + 1)
             out[rows] = dense_mla_reference(q[rows], latents, visible[rows], scale, kv_lora_rank)
     return out
+
+
+def _gluon_gains(q: Tensor, latent_pages: Tensor, rows_per_sequence: int, kv_lora_rank: int) -> bool:
+    """On Hopper, but where rows of few heads fill one tile between them: Gluon gives every row its own."""
+    full_size = is_full_size(kv_lora_rank, q.shape[2] - kv_lora_rank) and latent_pages.shape[1] == 64
+    fills = q.shape[1] >= 64 or rows_per_sequence == 1
+    return full_size and fills and is_hopper(q.device)
 
 
 def _config_for(rows: int, *, fp8: bool) -> TileConfig:

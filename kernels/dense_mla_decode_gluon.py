@@ -1,6 +1,8 @@
-"""`dense_mla_decode` over bf16 pages for NVIDIA Hopper, in Gluon, of `sparse_mla_prefill_gluon`'s parts.
+"""`dense_mla_decode` for NVIDIA Hopper, in Gluon, of the parts of the two kernels over chosen slots.
 
-A program serves 64 heads of one query and a split of its keys; rows of one sequence share keys through L2.
+Full pages are gathered as in `sparse_mla_prefill_gluon`, FP8 records widened to fp16 as in
+`sparse_mla_decode_gluon`, whose limits hold here too. A program serves 64 heads of one query and a split of
+its keys; rows of one sequence share keys through L2.
 Shapes: T queries, n rows a sequence, S sequences, H heads, C kv_lora_rank, R rotated channels, P pages.
 """
 
@@ -13,13 +15,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from kernels.backend import require
 from kernels.latent_tiles import LOG2_E, choose_splits, combine, make_partials, num_sms
-from kernels.sparse_mla_decode import require_latents
-from kernels.sparse_mla_prefill_gluon import consume, produce
+from kernels.sparse_mla_decode_gluon import CONFIG, WidenConfig, place_query, require_gluon_latents, widen
+from kernels.sparse_mla_prefill_gluon import PRODUCER_REGISTERS, consume, produce
 
 _OPERATION = "dense_mla_decode_gluon"
 _HEADS = 64
 _PAGE = 64  # keys of a tile, and of a page
-_PRODUCER_REGISTERS = 72
 
 
 def dense_mla_decode_gluon(
@@ -33,13 +34,8 @@ def dense_mla_decode_gluon(
     scale: float,
     kv_lora_rank: int,
 ) -> Tensor:
-    """Attend to the visible keys; arguments and result as in `dense_mla_decode`, bf16 pages only."""
-    require_latents(_OPERATION, q, latent_pages, kv_lora_rank)
-    require(
-        q.dtype == latent_pages.dtype == torch.bfloat16,
-        _OPERATION,
-        f"needs bfloat16, not {latent_pages.dtype}",
-    )
+    """Attend to the visible keys; arguments and result as in `dense_mla_decode`."""
+    require_gluon_latents(_OPERATION, q, latent_pages, kv_lora_rank)
     require(
         page_table.shape[0] * rows_per_sequence == q.shape[0] == visible.shape[0],
         _OPERATION,
@@ -50,11 +46,14 @@ def dense_mla_decode_gluon(
     )
     most = page_table.shape[1] * _PAGE
     require(max_visible <= most, _OPERATION, f"max_visible {max_visible}, but the table's pages hold {most}")
-    require(kv_lora_rank <= 512 and q.shape[2] - kv_lora_rank <= 64, _OPERATION, "the channels do not fit")
     return _launch(
         q, latent_pages, page_table, visible, rows_per_sequence, max_visible, scale, kv_lora_rank,
-        _PRODUCER_REGISTERS,
+        _config_for(fp8=latent_pages.dtype == torch.uint8),
     )  # fmt: skip
+
+
+def _config_for(*, fp8: bool) -> WidenConfig:
+    return CONFIG if fp8 else WidenConfig(4, PRODUCER_REGISTERS)
 
 
 def _launch(
@@ -66,7 +65,7 @@ def _launch(
     max_visible: int,
     scale: float,
     kv_lora_rank: int,
-    registers: int,
+    config: WidenConfig,
     splits: int | None = None,
 ) -> Tensor:
     """`splits` only for measuring; the product leaves it to `choose_splits`."""
@@ -97,7 +96,9 @@ def _launch(
         BLOCK_H=_HEADS,
         BLOCK_K=_PAGE,
         SPLIT=partials is not None,
-        REGISTERS=registers,
+        FP8=latent_pages.dtype == torch.uint8,
+        WARPS=config.num_warps,
+        REGISTERS=config.registers,
         num_warps=8,
     )
     if partials is not None:
@@ -124,57 +125,88 @@ def _decode(
     BLOCK_H: gl.constexpr,
     BLOCK_K: gl.constexpr,
     SPLIT: gl.constexpr,
+    FP8: gl.constexpr,
+    WARPS: gl.constexpr,  # that fetch
     REGISTERS: gl.constexpr,
 ):
     program = gl.program_id(0)
     head_blocks = gl.cdiv(H, BLOCK_H)
     head_block, split = program % head_blocks, (program // head_blocks) % splits
     t = (program // (head_blocks * splits)).to(gl.int64)
-    kind: gl.constexpr = q.dtype.element_ty
+    kind: gl.constexpr = gl.float16 if FP8 else gl.bfloat16
 
     LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     PE_LOADED: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (R // 8), R // 8], [8, 1], [1, 0])
     C_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, C], kind)
-    PE_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, R], kind)
+    PE_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, R], gl.bfloat16)
     W_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_H, BLOCK_K], kind)
     q_c = gl.allocate_shared_memory(kind, [BLOCK_H, C], C_SHARED)
-    q_pe = gl.allocate_shared_memory(kind, [BLOCK_H, R], PE_SHARED)
+    q_pe = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, R], PE_SHARED)
     c_tiles = gl.allocate_shared_memory(kind, [2, BLOCK_K, C], C_SHARED)
-    pe_tiles = gl.allocate_shared_memory(kind, [2, BLOCK_K, R], PE_SHARED)
+    pe_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_K, R], PE_SHARED)
     weights_tile = gl.allocate_shared_memory(kind, [BLOCK_H, BLOCK_K], W_SHARED)
+    maxima = gl.allocate_shared_memory(gl.float32, [2, BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(2):
-        mbarrier.init(ready.index(stage), count=128)  # every gathering thread, when its copies have landed
+        # Every fetching thread, when its copies have landed; the widened values.
+        mbarrier.init(ready.index(stage), count=32 * WARPS + (1 if FP8 else 0))
         mbarrier.init(free.index(stage), count=1)
 
     heads = head_block * BLOCK_H + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, LOADED))
-    at = q + (t * H + heads)[:, None] * (C + R) + gl.arange(0, C, layout=gl.SliceLayout(0, LOADED))[None, :]
-    q_c.store(gl.load(at, mask=(heads < H)[:, None], other=0.0))
-    heads = head_block * BLOCK_H + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, PE_LOADED))
-    rotated = C + gl.arange(0, R, layout=gl.SliceLayout(0, PE_LOADED))
-    at = q + (t * H + heads)[:, None] * (C + R) + rotated[None, :]
-    q_pe.store(gl.load(at, mask=(heads < H)[:, None], other=0.0))
+    if FP8:
+        factor = scale * place_query(q, t * H, heads, heads < H, q_c, q_pe, C, R, LOADED)
+    else:
+        factor = gl.full((BLOCK_H,), scale, gl.float32, gl.SliceLayout(1, LOADED))
+        at = (
+            q
+            + (t * H + heads)[:, None] * (C + R)
+            + gl.arange(0, C, layout=gl.SliceLayout(0, LOADED))[None, :]
+        )
+        q_c.store(gl.load(at, mask=(heads < H)[:, None], other=0.0))
+        heads = head_block * BLOCK_H + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, PE_LOADED))
+        rotated = C + gl.arange(0, R, layout=gl.SliceLayout(0, PE_LOADED))
+        at = q + (t * H + heads)[:, None] * (C + R) + rotated[None, :]
+        q_pe.store(gl.load(at, mask=(heads < H)[:, None], other=0.0))
     fence_async_shared()
     gl.thread_barrier()
 
-    factor = gl.full((BLOCK_H,), scale, gl.float32, gl.SliceLayout(1, LOADED))
     row = page_table + (t // n) * table_stride
     limit = gl.load(visible + t * visible_stride).to(gl.int32)
     share = gl.cdiv(gl.cdiv(limit, BLOCK_K), splits) * BLOCK_K
     begin = split * share
     end = gl.minimum(begin + share, limit)
-    gl.warp_specialize(
-        [
-            (
-                consume,
+    if FP8:
+        gl.warp_specialize(
+            [
                 (
-                    row, begin, end, q_c, q_pe, c_tiles, pe_tiles, weights_tile, ready, free, factor, out,
-                    log_sums, (t * splits + split) * H, H, head_block, C, BLOCK_H, BLOCK_K, SPLIT, True,
+                    consume,
+                    (
+                        row, begin, end, q_c, q_pe, c_tiles, pe_tiles, weights_tile, maxima, ready, free,
+                        factor,
+                        out, log_sums, (t * splits + split) * H, H, head_block, C, BLOCK_H, BLOCK_K, SPLIT,
+                        True,
+                    ),
                 ),
-            ),
-            (produce, (pages, row, begin, end, c_tiles, pe_tiles, ready, free, C, R, BLOCK_K, True)),
-        ],
-        [4],
-        [REGISTERS],
-    )  # fmt: skip
+                (widen, (pages, row, begin, end, c_tiles, pe_tiles, ready, free, BLOCK_K, True, WARPS)),
+            ],
+            [WARPS],
+            [REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (
+                        row, begin, end, q_c, q_pe, c_tiles, pe_tiles, weights_tile, maxima, ready, free,
+                        factor,
+                        out, log_sums, (t * splits + split) * H, H, head_block, C, BLOCK_H, BLOCK_K, SPLIT,
+                        True,
+                    ),
+                ),
+                (produce, (pages, row, begin, end, c_tiles, pe_tiles, ready, free, C, R, BLOCK_K, True)),
+            ],
+            [WARPS],
+            [REGISTERS],
+        )  # fmt: skip

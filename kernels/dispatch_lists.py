@@ -1,8 +1,9 @@
-"""The lists of a dispatch plan, made of marks: which tokens each expert, and each group of experts, gets.
+"""The lists of a dispatch plan: which tokens each expert, and each group of experts, gets, ascending.
 
-`dispatch_plan.py` launches what stands here. A mark [expert, token] is 1 + j where the expert is the token's
-j-th and 0 elsewhere; [group, token] it is 0 or 1. A list holds the marked tokens of a row in ascending order.
-Shapes: E experts, G groups; `padded` is the number of tokens with those that were added, none of them marked.
+`dispatch_plan.py` launches what stands here. Few tokens: a program for every expert looks at all choices, and
+the number of those that come before its own is where its list begins. Many: tokens are cut into parts, whose
+choices are counted first; a program then places those of one part.
+Shapes: T tokens, K experts a token, E experts, G groups, P parts of TOKENS tokens.
 """
 
 import triton
@@ -10,141 +11,207 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_marks(marks_ptr, first_row, stop_row, first_token, padded, n: tl.constexpr, tokens: tl.constexpr):
-    """[n, tokens] int32; past the first-level cache, as other programs may just have written them."""
-    rows = first_row + tl.arange(0, n)[:, None]
-    columns = first_token + tl.arange(0, tokens)[None, :]
-    mask = (columns < padded) & (rows < stop_row)
-    marks = marks_ptr + rows * padded.to(tl.int64) + columns
-    return tl.load(marks, mask=mask, other=0, cache_modifier=".cg").to(tl.int32)
-
-
-@triton.jit
-def _place(
-    rows_ptr,
-    places_ptr,
-    marks,
-    begins,
-    first_token,
-    of_experts: tl.constexpr,
-    K: tl.constexpr,
-    n: tl.constexpr,
-):
-    """Write the tokens [n] from `first_token` on into the lists that go on at `begins` [lists]."""
-    ones = (marks > 0).to(tl.int32)
-    places = begins[:, None] + tl.cumsum(ones, axis=1) - ones
-    tokens = tl.broadcast_to(first_token + tl.arange(0, n)[None, :], marks.shape)
-    tl.store(rows_ptr + places, tokens, mask=marks > 0)
-    if of_experts:
-        tl.store(places_ptr + tokens * K + marks - 1, places, mask=marks > 0)
-
-
-@triton.jit
 def list_all(
-    marks_ptr, node_marks_ptr, offsets_ptr, rows_ptr, places_ptr, node_counts_ptr, node_tokens_ptr,
-    num_tokens, padded, first_expert, G: tl.constexpr, K: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-    PLAN_TOKENS: tl.constexpr, PLAN_EXPERTS: tl.constexpr,
-):  # fmt: skip
-    """All lists by one program."""
-    stop: tl.constexpr = NUM_EXPERTS
-    num_rows = 0
-    tl.store(offsets_ptr, 0)
-    for first in tl.static_range(0, NUM_EXPERTS, PLAN_EXPERTS):
-        marks = _load_marks(
-            marks_ptr, first_expert + first, first_expert + stop, 0, padded, PLAN_EXPERTS, PLAN_TOKENS
-        )
-        counts = tl.sum((marks > 0).to(tl.int32), axis=1)
-        ends = num_rows + tl.cumsum(counts, axis=0)
-        local = first + tl.arange(0, PLAN_EXPERTS)
-        tl.store(offsets_ptr + 1 + local, ends, mask=local < NUM_EXPERTS)
-        _place(rows_ptr, places_ptr, marks, ends - counts, 0, True, K, PLAN_TOKENS)
-        num_rows += tl.sum(counts, axis=0)
-    groups = tl.arange(0, G)
-    marks = _load_marks(node_marks_ptr, 0, G, 0, padded, G, PLAN_TOKENS)
-    tl.store(node_counts_ptr + groups, tl.sum(marks, axis=1))
-    _place(node_tokens_ptr, places_ptr, marks, groups * num_tokens, 0, False, K, PLAN_TOKENS)
-
-
-@triton.jit
-def list_rows(
-    marks_ptr,  # [E, padded]
-    node_marks_ptr,  # [G, padded]
-    part_counts_ptr,  # [parts, E]
-    part_node_counts_ptr,  # [parts, G]
+    choices_ptr,  # [T, K] uint8 or int16, readable up to TOKENS * BLOCK_K
     offsets_ptr,  # [NUM_EXPERTS + 1]
     rows_ptr,  # [T * K]
     places_ptr,  # [T, K]
     node_counts_ptr,  # [G]
     node_tokens_ptr,  # [G, T]
     num_tokens,
-    padded,
+    first_expert,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """A program for every expert held here, then one for every group."""
+    program = tl.program_id(0)
+    if program < NUM_EXPERTS:
+        _list_expert(
+            choices_ptr, offsets_ptr, rows_ptr, places_ptr, num_tokens * K, first_expert, program, K,
+            TOKENS * BLOCK_K,
+        )  # fmt: skip
+    else:
+        _list_group(
+            choices_ptr, node_counts_ptr, node_tokens_ptr, num_tokens, program - NUM_EXPERTS, K, BLOCK_K,
+            GROUP_SIZE, TOKENS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _list_expert(
+    choices_ptr, offsets_ptr, rows_ptr, places_ptr, total, first_expert, local, K: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    flat = tl.arange(0, SIZE)
+    choices = tl.load(choices_ptr + flat).to(tl.int32)
+    expert = first_expert + local
+    earlier = (flat < total) & (choices >= first_expert) & (choices < expert)
+    begin = tl.sum(earlier.to(tl.int32), axis=0)
+    chosen = (flat < total) & (choices == expert)
+    ones = chosen.to(tl.int32)
+    places = begin + tl.cumsum(ones, axis=0) - ones
+    tl.store(rows_ptr + places, flat // K, mask=chosen)
+    tl.store(places_ptr + flat, places, mask=chosen)
+    tl.store(offsets_ptr + 1 + local, begin + tl.sum(ones, axis=0))
+    if local == 0:
+        tl.store(offsets_ptr, 0)
+
+
+@triton.jit
+def _list_group(
+    choices_ptr, counts_ptr, tokens_ptr, num_tokens, group, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    choices, valid = _load_choices(choices_ptr, 0, num_tokens, K, BLOCK_K, TOKENS)
+    ones = tl.max((valid & (choices // GROUP_SIZE == group)).to(tl.int32), axis=1)
+    places = group * num_tokens + tl.cumsum(ones, axis=0) - ones
+    tl.store(tokens_ptr + places, tl.arange(0, TOKENS), mask=ones > 0)
+    tl.store(counts_ptr + group, tl.sum(ones, axis=0))
+
+
+@triton.jit
+def _load_choices(
+    choices_ptr, first_token, num_tokens, K: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr
+):
+    """[TOKENS, BLOCK_K] int32, 0 where there is none, and where there is one."""
+    tokens = first_token + tl.arange(0, TOKENS)[:, None]
+    j = tl.arange(0, BLOCK_K)[None, :]
+    valid = (tokens < num_tokens) & (j < K)
+    return tl.load(choices_ptr + tokens * K + j, mask=valid, other=0).to(tl.int32), valid
+
+
+@triton.jit
+def _goes_to(choices, valid, GROUP_SIZE: tl.constexpr, G: tl.constexpr):
+    """[TOKENS, G]: 1 where a token has an expert in a group."""
+    same = valid[:, :, None] & ((choices // GROUP_SIZE)[:, :, None] == tl.arange(0, G)[None, None, :])
+    return tl.max(same.to(tl.int32), axis=1)
+
+
+@triton.jit
+def count_parts(
+    choices_ptr,  # [T, K] uint8 or int16
+    counts_ptr,  # [E, parts_stride] uint8, P of them written
+    node_counts_ptr,  # [G, parts_stride] uint8, likewise
+    num_tokens,
+    parts_stride,  # a multiple of 64
+    E: tl.constexpr,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """A program counts the choices of one part: no expert is a token's twice, so that a byte holds them."""
+    part = tl.program_id(0)
+    choices, valid = _load_choices(choices_ptr, part * TOKENS, num_tokens, K, BLOCK_K, TOKENS)
+    counts = tl.histogram(
+        tl.reshape(choices, [TOKENS * BLOCK_K]), E, mask=tl.reshape(valid, [TOKENS * BLOCK_K])
+    )
+    tl.store(counts_ptr + tl.arange(0, E) * parts_stride + part, counts.to(tl.uint8))
+    node_counts = tl.sum(_goes_to(choices, valid, E // G, G), axis=0)
+    tl.store(node_counts_ptr + tl.arange(0, G) * parts_stride + part, node_counts.to(tl.uint8))
+
+
+@triton.jit
+def list_parts(
+    choices_ptr,  # [T, K] uint8 or int16
+    part_counts_ptr,  # [E, parts_stride] uint8, P of them written
+    part_node_counts_ptr,  # [G, parts_stride] uint8, likewise
+    offsets_ptr,  # [NUM_EXPERTS + 1]
+    rows_ptr,  # [T * K]
+    places_ptr,  # [T, K]
+    node_counts_ptr,  # [G]
+    node_tokens_ptr,  # [G, T]
+    num_tokens,
     num_parts,
+    parts_stride,
     first_expert,
     E: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
-    BLOCK_EXPERTS: tl.constexpr,
-    PLAN_TOKENS: tl.constexpr,
-    PLAN_EXPERTS: tl.constexpr,
-    PARTS: tl.constexpr,  # that make the tokens of one program
+    TOKENS: tl.constexpr,
 ):
-    """The share of PLAN_TOKENS tokens in the lists of PLAN_EXPERTS experts, or of all groups. What stands
-    before it in each list, every program adds up from the counts of all parts."""
-    first_token = tl.program_id(0) * PLAN_TOKENS
-    parts_before = tl.program_id(0) * PARTS
-    if tl.program_id(1) == tl.num_programs(1) - 1:
-        _list_groups(
-            node_marks_ptr, part_node_counts_ptr, node_counts_ptr, node_tokens_ptr, num_tokens, padded,
-            num_parts, first_token, parts_before, G, K, PLAN_TOKENS,
+    """Two programs for every part: one lists its tokens by expert, the other by group. What stands before
+    them they add up from the counts of all parts."""
+    if tl.program_id(1) == 0:
+        _list_part_of_experts(
+            choices_ptr, part_counts_ptr, offsets_ptr, rows_ptr, places_ptr, num_tokens, num_parts,
+            parts_stride, first_expert, E, K, BLOCK_K, NUM_EXPERTS, TOKENS,
         )  # fmt: skip
     else:
-        _list_experts(
-            marks_ptr, part_counts_ptr, offsets_ptr, rows_ptr, places_ptr, padded, num_parts, first_expert,
-            tl.program_id(1) * PLAN_EXPERTS, first_token, parts_before, E, K, NUM_EXPERTS, BLOCK_EXPERTS,
-            PLAN_TOKENS, PLAN_EXPERTS,
+        _list_part_of_groups(
+            choices_ptr, part_node_counts_ptr, node_counts_ptr, node_tokens_ptr, num_tokens, num_parts,
+            parts_stride, E, G, K, BLOCK_K, TOKENS,
         )  # fmt: skip
 
 
 @triton.jit
-def _list_groups(
-    marks_ptr, part_counts_ptr, counts_ptr, tokens_ptr, num_tokens, padded, num_parts, first_token,
-    parts_before, G: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr,
+def _list_part_of_experts(
+    choices_ptr, part_counts_ptr, offsets_ptr, rows_ptr, places_ptr, num_tokens, num_parts, parts_stride,
+    first_expert, E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, NUM_EXPERTS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
+    part = tl.program_id(0)
+    flat = tl.arange(0, TOKENS * BLOCK_K)
+    tokens, j = part * TOKENS + flat // BLOCK_K, flat % BLOCK_K
+    valid = (tokens < num_tokens) & (j < K)
+    mine = tl.load(choices_ptr + tokens * K + j, mask=valid, other=0).to(tl.int32)
+
+    counts, before = _sum_parts(part_counts_ptr, num_parts, parts_stride, part, E)
+    local = tl.arange(0, E) - first_expert
+    is_held = (local >= 0) & (local < NUM_EXPERTS)
+    counts = tl.where(is_held, counts, 0)
+    ends = tl.cumsum(counts, axis=0)
+    if part == 0:
+        tl.store(offsets_ptr, 0)
+        tl.store(offsets_ptr + 1 + local, ends, mask=is_held)
+    places = tl.gather(ends - counts + before, mine, 0)
+    # Of the part's choices, the earlier ones for the same expert. They are the rows here, so that a thread
+    # adds up for itself.
+    for first in range(0, TOKENS * BLOCK_K, BLOCK_K * 4):
+        others = first + tl.arange(0, BLOCK_K * 4)
+        other_tokens, other_j = part * TOKENS + others // BLOCK_K, others % BLOCK_K
+        is_choice = (other_tokens < num_tokens) & (other_j < K)
+        theirs = tl.load(choices_ptr + other_tokens * K + other_j, mask=is_choice, other=0).to(tl.int32)
+        theirs = tl.where(is_choice, theirs, -1)
+        same = (theirs[:, None] == mine[None, :]) & (others[:, None] < flat[None, :])
+        places += tl.sum(same.to(tl.int32), axis=0)
+    held = valid & (mine >= first_expert) & (mine < first_expert + NUM_EXPERTS)
+    tl.store(rows_ptr + places, tokens, mask=held)
+    tl.store(places_ptr + tokens * K + j, places, mask=held)
+
+
+@triton.jit
+def _list_part_of_groups(
+    choices_ptr, part_counts_ptr, counts_ptr, tokens_ptr, num_tokens, num_parts, parts_stride,
+    E: tl.constexpr, G: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
     groups = tl.arange(0, G)
-    counts, before = _sum_parts(part_counts_ptr, num_parts, parts_before, 0, G, G, G)
-    tl.store(counts_ptr + groups, counts)  # every program the same
-    marks = _load_marks(marks_ptr, 0, G, first_token, padded, G, TOKENS)
-    _place(tokens_ptr, counts_ptr, marks, groups * num_tokens + before, first_token, False, K, TOKENS)
+    choices, valid = _load_choices(choices_ptr, part * TOKENS, num_tokens, K, BLOCK_K, TOKENS)
+    ones = _goes_to(choices, valid, E // G, G)
+    counts, before = _sum_parts(part_counts_ptr, num_parts, parts_stride, part, G)
+    if part == 0:
+        tl.store(counts_ptr + groups, counts)
+    begins = groups.to(tl.int64) * num_tokens + before
+    places = begins[None, :] + tl.cumsum(ones, axis=0) - ones
+    tokens = tl.broadcast_to(part * TOKENS + tl.arange(0, TOKENS)[:, None], [TOKENS, G])
+    tl.store(tokens_ptr + places, tokens, mask=ones > 0)
 
 
 @triton.jit
-def _list_experts(
-    marks_ptr, part_counts_ptr, offsets_ptr, rows_ptr, places_ptr, padded, num_parts, first_expert,
-    first_listed, first_token, parts_before, E: tl.constexpr, K: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-    BLOCK_EXPERTS: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
-):  # fmt: skip
-    first, stop = first_expert + first_listed, first_expert + NUM_EXPERTS
-    marks = _load_marks(marks_ptr, first, stop, first_token, padded, EXPERTS, TOKENS)
-    counts, before = _sum_parts(part_counts_ptr, num_parts, parts_before, first, stop, E, EXPERTS)
-    others, _ = _sum_parts(part_counts_ptr, num_parts, 0, first_expert, first, E, BLOCK_EXPERTS)
-    ends = tl.sum(others, axis=0) + tl.cumsum(counts, axis=0)
-    listed = first_listed + tl.arange(0, EXPERTS)
-    tl.store(offsets_ptr, 0)
-    tl.store(offsets_ptr + 1 + listed, ends, mask=listed < NUM_EXPERTS)
-    _place(rows_ptr, places_ptr, marks, ends - counts + before, first_token, True, K, TOKENS)
-
-
-@triton.jit
-def _sum_parts(counts_ptr, num_parts, parts_before, first, stop, STRIDE: tl.constexpr, N: tl.constexpr):
-    """Columns first to stop [N] of [parts, STRIDE] uint8, summed over all parts and over the first ones."""
-    columns = first + tl.arange(0, N)[None, :]
+def _sum_parts(counts_ptr, num_parts, parts_stride, part, N: tl.constexpr):
+    """[N, P] uint8 summed over all parts, and over those before `part`."""
     counts = tl.zeros([N], dtype=tl.int32)
     before = tl.zeros([N], dtype=tl.int32)
-    for start in range(0, num_parts, 64):
-        parts = start + tl.arange(0, 64)[:, None]
-        mask = (parts < num_parts) & (columns < stop)
-        part = tl.load(counts_ptr + parts * STRIDE + columns, mask=mask, other=0).to(tl.int32)
-        counts += tl.sum(part, axis=0)
-        before += tl.sum(tl.where(parts < parts_before, part, 0), axis=0)
+    rows = tl.arange(0, N)[:, None] * tl.multiple_of(parts_stride, 64)
+    for first in range(0, num_parts, 64):
+        parts = first + tl.arange(0, 64)[None, :]
+        counted = tl.load(counts_ptr + rows + parts).to(tl.int32)
+        counts += tl.sum(tl.where(parts < num_parts, counted, 0), axis=1)
+        before += tl.sum(tl.where(parts < part, counted, 0), axis=1)
     return counts, before

@@ -2,8 +2,8 @@
 
 The choice is that of `gate_topk.py`: sigmoid, bias, the best groups, the k best experts, ties to the lower
 index. From it follow, for the experts held here, the tokens of each in ascending order, and for every group
-of experts the tokens that go to it. Few tokens take one launch, whose last program to finish the choice makes
-the lists; many take a second. Shapes: T tokens, E experts, e of them held here, G groups, k experts a token.
+of experts the tokens that go to it. Few tokens are listed by one more launch, many by two.
+Shapes: T tokens, E experts, e of them held here, G groups, k experts a token.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,10 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
-from kernels.dispatch_lists import list_all, list_rows
+from kernels.dispatch_lists import count_parts, list_all, list_parts
 from kernels.gate_topk import gate_topk_reference
-
-_ALIGNED_TOKENS = 16  # marks are bytes, read 16 at a time
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,13 @@ class RoutedRows:
 
 @dataclass(frozen=True)
 class _Config:
-    """Tokens of one program that chooses; tokens and experts that are listed at once; warps of either."""
+    """Tokens of a program that chooses, and its warps; tokens of a part that is counted and placed by itself,
+    0 for all at once, at most 128; warps of the programs that list."""
 
-    one_launch: bool
     gate_tokens: int
-    plan_tokens: int
-    plan_experts: int
     gate_warps: int
-    plan_warps: int  # with one launch nobody asks
-
-
-def new_ticket(device: torch.device | str) -> Tensor:
-    """What `dispatch_plan` counts its finished programs in: zero before and after every call."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
+    part_tokens: int
+    list_warps: int
 
 
 def dispatch_plan(
@@ -70,7 +62,6 @@ def dispatch_plan(
     scale: float,
     first_expert: int,
     num_experts: int,
-    ticket: Tensor,
     backend: Backend,
 ) -> RoutedRows:
     """Choose experts and list the rows.
@@ -79,7 +70,6 @@ def dispatch_plan(
         logits: [T, E] float32, contiguous.
         bias: [E] float32, `e_score_correction_bias`.
         first_expert, num_experts: the experts held here, e of them.
-        ticket: of `new_ticket`; calls that can run at the same time need one each.
     """
     require_triton_or_reference(backend, "dispatch_plan")
     all_experts = logits.shape[1]
@@ -112,7 +102,7 @@ def dispatch_plan(
         f"{all_experts} experts in {num_groups} groups are no powers of two",
     )
     require(logits.is_contiguous() and bias.is_contiguous(), "dispatch_plan", "logits must be contiguous")
-    return _launch(logits, bias, gate, ticket, _config_for(logits.shape[0], num_experts))
+    return _launch(logits, bias, gate, _config_for(logits.shape[0]))
 
 
 @dataclass(frozen=True)
@@ -140,7 +130,6 @@ def dispatch_plan_reference(
     first_expert: int,
     num_experts: int,
 ) -> RoutedRows:
-    """Needs no ticket."""
     num_tokens = logits.shape[0]
     experts, weights = gate_topk_reference(
         logits.sigmoid(),
@@ -174,19 +163,15 @@ def dispatch_plan_reference(
     )
 
 
-def _config_for(num_tokens: int, num_experts: int) -> _Config:
-    """One program lists up to 256 tokens, 16 marks a thread at a time, which is what registers hold; beyond,
-    lists are made by many programs after a second launch, which the choice's programs have counted for."""
-    if num_tokens > 256:
-        return _Config(False, 8, 128, 32, gate_warps=4, plan_warps=8)
-    plan_tokens = max(_ALIGNED_TOKENS, triton.next_power_of_2(num_tokens))
-    block_experts = triton.next_power_of_2(num_experts)
-    warps = 16 if plan_tokens * block_experts > 8192 else 8
-    experts = min(512 * warps // plan_tokens, block_experts)
-    return _Config(True, 4, plan_tokens, experts, gate_warps=warps, plan_warps=warps)
+def _config_for(num_tokens: int) -> _Config:
+    """From the sweep of 2026-11-22 on an H100. A warp chooses for one token, so that it finds the best of all
+    experts without waiting for another. At once costs tokens times experts, parts cost one more launch."""
+    if num_tokens <= 512:
+        return _Config(gate_tokens=1, gate_warps=1, part_tokens=0, list_warps=8)
+    return _Config(gate_tokens=1, gate_warps=1, part_tokens=32, list_warps=8)
 
 
-def _launch(logits: Tensor, bias: Tensor, gate: _GateSettings, ticket: Tensor, config: _Config) -> RoutedRows:
+def _launch(logits: Tensor, bias: Tensor, gate: _GateSettings, config: _Config) -> RoutedRows:
     num_tokens, all_experts = logits.shape
     num_groups, num_experts, k = gate.num_groups, gate.num_experts, gate.k
 
@@ -206,91 +191,100 @@ def _launch(logits: Tensor, bias: Tensor, gate: _GateSettings, ticket: Tensor, c
         routed.offsets.zero_()
         routed.node_counts.zero_()
         return routed
-    # Marks are by expert, so that the tokens of one stand side by side; those that were added are zero.
-    padded = triton.cdiv(num_tokens, _ALIGNED_TOKENS) * _ALIGNED_TOKENS
-    programs = triton.cdiv(padded, config.gate_tokens)
-    marks = empty(all_experts, padded, dtype=torch.uint8)
-    node_marks = empty(num_groups, padded, dtype=torch.uint8)
-    counts = None if config.one_launch else empty(programs, all_experts, dtype=torch.uint8)
-    node_counts = None if config.one_launch else empty(programs, num_groups, dtype=torch.uint8)
-    _choose[(programs,)](
+    # The choice once more, as narrow as it can be; what is read beside it is not used.
+    block_k = triton.next_power_of_2(k)
+    tokens_at_once = config.part_tokens or triton.next_power_of_2(num_tokens)
+    readable = triton.cdiv(num_tokens, tokens_at_once) * tokens_at_once * block_k
+    choices = empty(readable, dtype=torch.uint8 if all_experts <= 256 else torch.int16)
+    _choose[(triton.cdiv(num_tokens, config.gate_tokens),)](
         logits,
         bias,
         routed.experts,
         routed.weights,
         routed.places,
-        marks,
-        node_marks,
-        counts,
-        node_counts,
-        routed.offsets,
-        routed.rows,
-        routed.node_counts,
-        routed.node_tokens,
-        ticket,
+        choices,
         num_tokens,
-        padded,
         gate.scale,
         gate.first_expert,
         E=all_experts,
         G=num_groups,
         TOPK_GROUP=gate.topk_group,
         K=k,
-        BLOCK_K=triton.next_power_of_2(k),
         NORMALIZE=gate.normalize,
         NUM_EXPERTS=num_experts,
         GATE_TOKENS=config.gate_tokens,
-        PLAN_TOKENS=config.plan_tokens,
-        PLAN_EXPERTS=config.plan_experts,
-        ONE_LAUNCH=config.one_launch,
         num_warps=config.gate_warps,
     )
-    if not config.one_launch:
-        expert_tiles = triton.cdiv(num_experts, config.plan_experts)
-        list_rows[(triton.cdiv(num_tokens, config.plan_tokens), expert_tiles + 1)](
-            marks,
-            node_marks,
-            counts,
-            node_counts,
-            routed.offsets,
-            routed.rows,
-            routed.places,
-            routed.node_counts,
-            routed.node_tokens,
+    lists = (routed.offsets, routed.rows, routed.places, routed.node_counts, routed.node_tokens)
+    if not config.part_tokens:
+        list_all[(num_experts + num_groups,)](
+            choices,
+            *lists,
             num_tokens,
-            padded,
-            programs,
             gate.first_expert,
-            E=all_experts,
-            G=num_groups,
             K=k,
+            BLOCK_K=block_k,
+            GROUP_SIZE=all_experts // num_groups,
             NUM_EXPERTS=num_experts,
-            BLOCK_EXPERTS=triton.next_power_of_2(num_experts),
-            PLAN_TOKENS=config.plan_tokens,
-            PLAN_EXPERTS=config.plan_experts,
-            PARTS=config.plan_tokens // config.gate_tokens,
-            num_warps=config.plan_warps,
+            TOKENS=tokens_at_once,
+            num_warps=config.list_warps,
         )
+        return routed
+    num_parts = triton.cdiv(num_tokens, config.part_tokens)
+    parts_stride = triton.cdiv(num_parts, 64) * 64  # they are read so many at a time
+    counts = empty(all_experts, parts_stride, dtype=torch.uint8)
+    node_counts = empty(num_groups, parts_stride, dtype=torch.uint8)
+    count_parts[(num_parts,)](
+        choices,
+        counts,
+        node_counts,
+        num_tokens,
+        parts_stride,
+        E=all_experts,
+        G=num_groups,
+        K=k,
+        BLOCK_K=block_k,
+        TOKENS=config.part_tokens,
+        num_warps=config.list_warps,
+    )
+    list_parts[(num_parts, 2)](
+        choices,
+        counts,
+        node_counts,
+        *lists,
+        num_tokens,
+        num_parts,
+        parts_stride,
+        gate.first_expert,
+        E=all_experts,
+        G=num_groups,
+        K=k,
+        BLOCK_K=block_k,
+        NUM_EXPERTS=num_experts,
+        TOKENS=config.part_tokens,
+        num_warps=config.list_warps,
+    )
     return routed
 
 
 @triton.jit
 def _ordered(x):
-    """int32 that compare as the floats do; it is its own inverse on bits."""
+    """int32 that compare as the floats do, all above the lowest one; its own inverse."""
     bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7FFFFFFF)
 
 
 @triton.jit
-def _with_index(x, index, size: tl.constexpr):
-    """int64 that compare as the floats do, equal ones by the lower index: no two are the same."""
-    return (_ordered(x).to(tl.int64) << 32) | (size - 1 - index).to(tl.int64)
-
-
-@triton.jit
-def _float_of(key):
-    ordered = (key >> 32).to(tl.int32)
+def _float_of(ordered):
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _is_first_best(keys, index, axis: tl.constexpr):
+    """Where along the axis the greatest key stands, at its lowest index, and that key."""
+    best = tl.max(keys, axis=axis, keep_dims=True)
+    first = tl.min(tl.where(keys == best, index, 0x7FFFFFFF), axis=axis, keep_dims=True)
+    return index == first, best
 
 
 @triton.jit
@@ -299,86 +293,57 @@ def _choose(
     bias_ptr,  # [E]
     experts_ptr,  # [T, K]
     weights_ptr,  # [T, K]
-    places_ptr,  # [T, K]
-    marks_ptr,  # [E, padded]: 1 + j where the expert is the token's j-th, else 0
-    node_marks_ptr,  # [G, padded]: 1 where the token has an expert in the group
-    part_counts_ptr,  # [programs, E], with two launches
-    part_node_counts_ptr,  # [programs, G], with two launches
-    offsets_ptr,  # [NUM_EXPERTS + 1]
-    rows_ptr,  # [T * K]
-    node_counts_ptr,  # [G]
-    node_tokens_ptr,  # [G, T]
-    ticket_ptr,  # [1]
+    places_ptr,  # [T, K]: those of experts that are not held here are written here
+    choices_ptr,  # [T, K] uint8 or int16
     num_tokens,
-    padded,
     scale,
     first_expert,
     E: tl.constexpr,
     G: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     GATE_TOKENS: tl.constexpr,
-    PLAN_TOKENS: tl.constexpr,
-    PLAN_EXPERTS: tl.constexpr,
-    ONE_LAUNCH: tl.constexpr,
 ):
-    lowest: tl.constexpr = -(1 << 63)
+    lowest: tl.constexpr = -0x80000000
     group_size: tl.constexpr = E // G
     tokens = tl.program_id(0) * GATE_TOKENS + tl.arange(0, GATE_TOKENS)
     experts = tl.arange(0, E)[None, :]
-    groups = tl.arange(0, G)[None, :]
     valid = (tokens < num_tokens)[:, None]
     logits = tl.load(logits_ptr + tokens.to(tl.int64)[:, None] * E + experts, mask=valid, other=0.0)
     scores = tl.sigmoid(logits)
-    keys = _with_index(scores + tl.load(bias_ptr + experts), experts, E)
+    keys = _ordered(scores + tl.load(bias_ptr + experts))
 
     by_group = tl.reshape(keys, [GATE_TOKENS, G, group_size])
-    best = tl.max(by_group, axis=2)
-    second = tl.max(tl.where(by_group == best[:, :, None], lowest, by_group), axis=2)
-    group_keys = _with_index(_float_of(best) + _float_of(second), groups, G)  # [T, G]
-    left = group_keys
-    for _ in tl.static_range(TOPK_GROUP):
-        left = tl.where(left == tl.max(left, axis=1)[:, None], lowest, left)
-    kept = (group_keys != left)[:, :, None]
-    keys = tl.reshape(tl.where(kept, by_group, lowest), [GATE_TOKENS, E])
-    left = keys
+    in_group = tl.arange(0, group_size)[None, None, :]
+    is_best, best = _is_first_best(by_group, in_group, 2)
+    second = tl.max(tl.where(is_best, lowest, by_group), axis=2)
+    group_keys = _ordered(_float_of(tl.reshape(best, [GATE_TOKENS, G])) + _float_of(second))
+    groups = tl.arange(0, G)
+    mine, theirs = group_keys[:, :, None], group_keys[:, None, :]
+    is_lower = (groups[None, :] < groups[:, None])[None, :, :]
+    ahead = (theirs > mine) | ((theirs == mine) & is_lower)
+    kept = tl.sum(ahead.to(tl.int32), axis=2) < TOPK_GROUP  # [T, G]
+    keys = tl.reshape(tl.where(kept[:, :, None], by_group, lowest), [GATE_TOKENS, E])
+    chosen = tl.zeros([GATE_TOKENS, E], dtype=tl.int1)
     for _ in tl.static_range(K):
-        left = tl.where(left == tl.max(left, axis=1)[:, None], lowest, left)
-    chosen = (keys != left) & valid
+        is_best, _ = _is_first_best(keys, experts, 1)
+        chosen |= is_best
+        keys = tl.where(is_best, lowest, keys)
 
     if NORMALIZE:
         total = tl.sum(tl.where(chosen, scores, 0.0), axis=1)[:, None]
         weights = scores / (total + 1e-20) * scale
     else:
         weights = scores * scale
+    chosen &= valid
     ones = chosen.to(tl.int32)
-    slots = tl.cumsum(ones, axis=1) - ones  # the token's j-th, ascending
-    out = tokens[:, None] * K + slots
-    tl.store(experts_ptr + out, tl.broadcast_to(experts, [GATE_TOKENS, E]), mask=chosen)
+    out = tokens[:, None] * K + tl.cumsum(ones, axis=1) - ones  # the token's j-th, ascending
+    experts = tl.broadcast_to(experts, [GATE_TOKENS, E])
+    tl.store(experts_ptr + out, experts, mask=chosen)
     tl.store(weights_ptr + out, weights, mask=chosen)
-    in_marks = (tokens < padded)[:, None]
-    marks = tl.where(chosen, slots + 1, 0).to(tl.uint8)
-    columns = tokens.to(tl.int64)[:, None]
-    tl.store(marks_ptr + experts * padded.to(tl.int64) + columns, marks, mask=in_marks)
-    in_node = (tl.sum(tl.reshape(ones, [GATE_TOKENS, G, group_size]), axis=2) > 0).to(tl.int32)
-    tl.store(node_marks_ptr + groups * padded.to(tl.int64) + columns, in_node.to(tl.uint8), mask=in_marks)
-    # Those of experts held here are written again below, by a program that comes after every store here.
-    j = tl.arange(0, BLOCK_K)[None, :]
-    tl.store(places_ptr + tokens[:, None] * K + j, -1, mask=(tokens < num_tokens)[:, None] & (j < K))
-
-    if ONE_LAUNCH:
-        tl.debug_barrier()
-        if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            tl.store(ticket_ptr, 0)
-            list_all(
-                marks_ptr, node_marks_ptr, offsets_ptr, rows_ptr, places_ptr, node_counts_ptr,
-                node_tokens_ptr, num_tokens, padded, first_expert, G, K, NUM_EXPERTS, PLAN_TOKENS,
-                PLAN_EXPERTS,
-            )  # fmt: skip
-    else:
-        part = tl.program_id(0)
-        tl.store(part_counts_ptr + part * E + tl.arange(0, E), tl.sum(ones, axis=0).to(tl.uint8))
-        tl.store(part_node_counts_ptr + part * G + tl.arange(0, G), tl.sum(in_node, axis=0).to(tl.uint8))
+    tl.store(choices_ptr + out, experts.to(choices_ptr.dtype.element_ty), mask=chosen)
+    if NUM_EXPERTS < E:
+        held = (experts >= first_expert) & (experts < first_expert + NUM_EXPERTS)
+        tl.store(places_ptr + out, -1, mask=chosen & ~held)

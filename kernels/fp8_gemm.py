@@ -3,7 +3,8 @@
     y[t, n] = sum_b  x_scale[t, b] * weight_scale[n // 128, b] * (sum_k in b  x[t, k] * weight[n, k])
 *Prefill* (many rows) is bound by the tensor cores: tiles of tokens by outputs in an order that keeps weights
 and tokens in L2. *Decode* streams each weight once: operands swapped, K split over programs so that all of
-the GPU loads, the parts added by whichever program of a tile ends last (`split_sum.py`).
+the GPU loads, the parts added by whichever program of a tile ends last (`split_sum.py`). Hopper has
+kernels of its own for both (`fp8_gemm_gluon.py`; `fp8_gemm_decode_gluon.py` beyond 32 rows).
 Shapes: T rows, K inputs (a multiple of 128), N outputs, S splits of K.
 """
 
@@ -17,9 +18,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.backend import Backend, require, require_triton_or_reference
-from kernels.fp8_gemm_prefill import Prefill, launch_prefill, prefill_config
+from kernels.fp8_gemm_decode_gluon import GluonDecode, decode_config, launch_dense
+from kernels.fp8_gemm_gluon import GluonPrefill
+from kernels.fp8_gemm_prefill import Prefill, config_on, launch_prefill, prefill_config
 from kernels.fp8_quant import FP8, dequantize_blocks, dequantize_reference
 from kernels.fp8_tiles import BLOCK, weights_by_tokens
+from kernels.latent_tiles import is_hopper
 from kernels.split_sum import is_last_part, parts_of, split_counters, sum_of_parts
 
 _SHARED_BYTES = 228 * 1024  # of a Hopper processor; 1 KiB of it goes with each program
@@ -51,7 +55,15 @@ def fp8_gemm(
     require_triton_or_reference(backend, "fp8_gemm")
     if backend == "reference":
         return fp8_gemm_reference(x, x_scales, weight, weight_scales, out_dtype=out_dtype)
-    config = _config_for(x.shape[0], weight.shape[0], weight.shape[1], _num_sms(x.device))
+    if x.shape[0] == 0:
+        return torch.empty(0, weight.shape[0], dtype=out_dtype, device=x.device)
+    config: _Decode | GluonDecode | Prefill | GluonPrefill
+    num_sms = _num_sms(x.device)
+    config = _config_for(x.shape[0], weight.shape[0], weight.shape[1], num_sms)
+    if isinstance(config, Prefill):
+        config = config_on(x, x_scales, out_dtype, weight.shape[0])
+    elif x.shape[0] > 32 and is_hopper(x.device):
+        config = decode_config(x.shape[0], weight.shape[0], weight.shape[1], num_sms)
     return _launch(x, x_scales, weight, weight_scales, out_dtype, config)
 
 
@@ -102,15 +114,16 @@ class _Decode(NamedTuple):
 def _config_for(num_rows: int, num_outputs: int, num_inputs: int, num_sms: int) -> _Decode | Prefill:
     """What to run; benchmarks/LOG.md has the sweep this comes from."""
     if num_rows > 256:
-        return prefill_config(num_rows, num_outputs, num_sms)
-    tokens, outputs = max(16, min(128, triton.next_power_of_2(num_rows))), 64
+        return prefill_config(num_inputs)
+    tokens = max(16, min(128, triton.next_power_of_2(num_rows)))
+    outputs = 128 if tokens <= 32 and min(num_outputs, num_inputs) >= 4096 else 64
     tiles = triton.cdiv(num_outputs, outputs) * triton.cdiv(num_rows, tokens)
-    # Each split adds traffic for its part of the sum, so a share of K is at least 4 blocks, and 2 programs a
-    # processor are enough: what they keep in flight is its shared memory, however many share it.
-    splits = max(1, min(2 * num_sms // tiles, num_inputs // BLOCK // 4, 16))
+    # A sum over splits costs 1.4 us and more, so they are few: a program a processor, 14 blocks a program.
+    splits = max(1, min(num_sms // tiles, num_inputs // BLOCK // 14))
     residents = 2 if tiles * splits <= 2 * num_sms else 3
     stages = min(10, (_SHARED_BYTES // residents - 2048) // ((outputs + tokens) * BLOCK + 4 * tokens))
-    return _Decode(outputs, tokens, splits, warps=4, stages=stages, tma=True)
+    # Descriptors are fetched first, which few rows feel.
+    return _Decode(outputs, tokens, splits, warps=4, stages=stages, tma=tokens > 32)
 
 
 @lru_cache(maxsize=16)
@@ -124,13 +137,15 @@ def _launch(
     weight: Tensor,
     weight_scales: Tensor,
     out_dtype: torch.dtype,
-    config: _Decode | Prefill,
+    config: _Decode | GluonDecode | Prefill | GluonPrefill,
 ) -> Tensor:
     out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out
     if isinstance(config, _Decode):
         _launch_decode(x, x_scales, weight, weight_scales, out, config)
+    elif isinstance(config, GluonDecode):
+        launch_dense(x, x_scales, weight, weight_scales, out, config, _num_sms(x.device))
     else:
         launch_prefill(x, x_scales, weight, weight_scales, out, config)
     return out

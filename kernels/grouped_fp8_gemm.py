@@ -1,8 +1,8 @@
 """Products of quantised rows with the weights of the experts they go to, the counts known only on the device.
 
     out[r] = weights[e] x[rows[r]]   for offsets[e] <= r < offsets[e + 1]
-Rows are gathered in the kernel, so nobody permutes them before. *Prefill* makes tiles of rows by outputs and
-finds each tile's expert from the offsets. *Decode* streams the weights of each expert that has rows once past
+Rows are gathered here, so nobody permutes them before. *Prefill* makes tiles of rows by outputs and finds
+each tile's expert from the offsets. *Decode* streams the weights of each expert that has rows once past
 all of them, operands swapped (`fp8_tiles.py`). Host code sees no count, so that graphs can be captured.
 Shapes: T tokens, R rows (upper bound), e experts, K inputs (a multiple of 128), N outputs.
 """
@@ -18,9 +18,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.backend import Backend, require, require_triton_or_reference
 from kernels.fp8_gemm import fp8_gemm_reference
+from kernels.fp8_gemm_decode_gluon import GluonDecode, grouped_decode_config, launch_grouped
+from kernels.fp8_gemm_gluon import GluonPrefill, num_processors
 from kernels.fp8_quant import FP8
 from kernels.fp8_tiles import BLOCK, weights_by_tokens
-from kernels.grouped_fp8_prefill import Prefill, launch_prefill, prefill_config
+from kernels.grouped_fp8_prefill import Prefill, config_on, launch_prefill, prefill_config
+from kernels.latent_tiles import is_hopper
 
 
 def grouped_fp8_gemm(
@@ -61,7 +64,12 @@ def grouped_fp8_gemm(
         )
     if expected_rows is None:
         expected_rows = triton.cdiv(num_rows, weights.shape[0])
+    config: _Decode | GluonDecode | Prefill | GluonPrefill
     config = _config_for(expected_rows, gather=rows is not None)
+    if isinstance(config, Prefill):
+        config = config_on(x.device, out_dtype, expected_rows, weights.shape[1])
+    elif expected_rows > 16 and is_hopper(x.device):
+        config = grouped_decode_config(expected_rows, weights.shape[2])
     return _launch(x, x_scales, weights, weight_scales, offsets, rows, num_rows, out_dtype, config)
 
 
@@ -140,12 +148,11 @@ class _Decode(NamedTuple):
 def _config_for(expected_rows: int, *, gather: bool) -> _Decode | Prefill:
     """What to run; benchmarks/LOG.md has the sweep this comes from."""
     if expected_rows > 128:
-        return prefill_config(expected_rows, gather=gather)
-    # Routing is uneven: the tile holds more than is expected, since a second one reads the weights again.
-    tokens = max(16, min(128, triton.next_power_of_2(expected_rows + expected_rows // 4)))
+        return prefill_config()
+    # An expert with more rows than a tile reads its weights again, most likely from L2.
+    tokens = max(16, min(128, triton.next_power_of_2(expected_rows)))
     stages = {16: 5, 32: 5, 64: 6, 128: 4}[tokens]
-    outputs = 128 if tokens <= 32 else 64
-    return _Decode(outputs, tokens, warps=4, stages=stages, tma=True)
+    return _Decode(128 if tokens <= 32 else 64, tokens, warps=4, stages=stages, tma=True)
 
 
 def _launch(
@@ -157,7 +164,7 @@ def _launch(
     rows: Tensor | None,
     num_rows: int,
     out_dtype: torch.dtype,
-    config: _Decode | Prefill,
+    config: _Decode | GluonDecode | Prefill | GluonPrefill,
 ) -> Tensor:
     num_experts, num_outputs, num_inputs = weights.shape
     out = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=x.device)
@@ -183,6 +190,10 @@ def _launch(
             STAGES=config.stages,
             num_warps=config.warps,
         )
+        return out
+    if isinstance(config, GluonDecode):
+        num_sms = num_processors(x.device)
+        launch_grouped(x, x_scales, weights, weight_scales, offsets, rows, out, config, num_sms)
         return out
     launch_prefill(x, x_scales, weights, weight_scales, offsets, rows, out, config)
     return out

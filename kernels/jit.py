@@ -1,4 +1,4 @@
-"""Pieces of Triton kernels that several of them share: quantising, the Hadamard signs, the interleaved RoPE.
+"""Pieces of Triton kernels that several of them share: quantising, the Hadamard transform, RoPE on halves.
 
 All of them take and give fp32 and are bit for bit what the references do, up to the order of a sum.
 """
@@ -37,34 +37,39 @@ def round_to_bf16(x):
 
 
 @triton.jit
-def hadamard_signs(first_row: tl.constexpr, num_rows: tl.constexpr, dim: tl.constexpr):
-    """Rows of the Sylvester matrix of +-1, [num_rows, dim] bf16: the parity of the bits in common."""
-    common = (first_row + tl.arange(0, num_rows))[:, None] & tl.arange(0, dim)[None, :]
-    common ^= common >> 8
-    common ^= common >> 4
-    common ^= common >> 2
-    common ^= common >> 1
-    return (1 - 2 * (common & 1)).to(tl.float32).to(tl.bfloat16)
+def rotate_halves(x, cos, sin, rope_dim: tl.constexpr):
+    """RoPE on halves of the first rope_dim channels of x [rows, channels], not yet rounded.
+
+    cos and sin of each channel, [rows or 1, channels]: 1 and 0 where nothing turns, and sin of either half is
+    that of the pair.
+    """
+    rows: tl.constexpr = x.shape[0]
+    dim: tl.constexpr = x.shape[1]
+    half: tl.constexpr = rope_dim // 2
+    # The two halves meet by sums in which the other one is zero: no trip through shared memory.
+    pairs = tl.reshape(x, [rows, dim // rope_dim, 2, half])
+    is_first = (tl.arange(0, 2) == 0)[None, None, :, None]
+    first = tl.sum(tl.where(is_first, pairs, 0.0), axis=2, keep_dims=True)
+    second = tl.sum(tl.where(is_first, 0.0, pairs), axis=2, keep_dims=True)
+    other = tl.reshape(tl.where(is_first, -second, first), [rows, dim])
+    return x * cos + other * sin
 
 
 @triton.jit
-def rotated_hadamard(a, b, rest, cos, sin, scale, rope_dim: tl.constexpr, dim: tl.constexpr):
-    """RoPE on halves, then Hadamard, each rounded to bf16 as it would be between two operations.
+def hadamard(x):
+    """The Sylvester matrix of +-1 times each row of x [rows, channels] fp32, a power of two from 16 on.
 
-    Args:
-        a, b: [rows, rope_dim / 2], the halves that turn; rest: [rows, dim - rope_dim].
-        cos, sin: [rows, rope_dim / 2].
-        scale: dim ** -0.5.
-
-    Returns:
-        [rows, dim] fp32 on bf16's grid.
+    By sums of pairs: those of eight neighbours within a thread, the others by one shuffle each.
     """
-    half: tl.constexpr = rope_dim // 2
-    first = (a * cos - b * sin).to(tl.bfloat16)
-    second = (a * sin + b * cos).to(tl.bfloat16)
-    # The product with +-1 is exact, so the only rounding is that of the fp32 sum. It is cut along K into the
-    # three parts, which then need not be brought together in one tile.
-    out = tl.dot(first, hadamard_signs(0, half, dim))
-    out = tl.dot(second, hadamard_signs(half, half, dim), out)
-    out = tl.dot(rest.to(tl.bfloat16), hadamard_signs(rope_dim, dim - rope_dim, dim), out)
-    return round_to_bf16(out * scale)
+    rows: tl.constexpr = x.shape[0]
+    dim: tl.constexpr = x.shape[1]
+    x = tl.reshape(x, [rows, dim // 8, 2, 2, 2])
+    for _ in tl.static_range(3):
+        a, b = tl.split(x)
+        x = tl.permute(tl.join(a + b, a - b), (0, 1, 4, 2, 3))
+    is_second = (tl.arange(0, 2) * -2.0)[None, None, :, None]
+    for level in tl.static_range(3, 12):
+        if dim >> level > 1:
+            x = tl.reshape(x, [rows, dim >> (level + 1), 2, 1 << level])
+            x = tl.sum(x, axis=2, keep_dims=True) + x * is_second  # a + b, and (a + b) - 2 b
+    return tl.reshape(x, [rows, dim])

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import require
+from kernels.latent_pages import record_bytes
+
 LOG2_E = math.log2(math.e)
 _COMBINED_CHANNELS = 128  # channels a program of the combination
 
@@ -40,6 +43,53 @@ def num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def require_latents(operation: str, q: Tensor, pages: Tensor, kv_lora_rank: int) -> None:
+    """What the kernels over pages need of queries and pages."""
+    rope_dim = q.shape[2] - kv_lora_rank
+    fp8 = pages.dtype == torch.uint8
+    expected = record_bytes(kv_lora_rank, rope_dim) if fp8 else q.shape[2]
+    require(pages.shape[-1] == expected, operation, f"records of {pages.shape[-1]}, not {expected}")
+    require(fp8 or pages.dtype == q.dtype, operation, f"pages of {pages.dtype}, queries of {q.dtype}")
+    require(q.is_contiguous() and pages.is_contiguous(), operation, "queries and pages must be contiguous")
+    require_channels(operation, kv_lora_rank, rope_dim)
+
+
+def require_channels(operation: str, kv_lora_rank: int, rope_dim: int) -> None:
+    powers = kv_lora_rank & (kv_lora_rank - 1) == 0 and rope_dim & (rope_dim - 1) == 0
+    require(
+        powers and kv_lora_rank >= 128 and rope_dim >= 16,
+        operation,
+        f"serves powers of two, from 128 and 16 channels, not {kv_lora_rank} and {rope_dim}",
+    )
+
+
+def is_full_size(kv_lora_rank: int, rope_dim: int) -> bool:
+    """The widths that the kernels in Gluon are made for."""
+    return kv_lora_rank == 512 and rope_dim == 64
+
+
+@lru_cache(maxsize=16)
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels for NVIDIA Hopper alone run here."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def require_prefill(operation: str, q: Tensor, latents: Tensor, positions: Tensor, kv_lora_rank: int) -> None:
+    """What both kernels of prefill need of their inputs."""
+    rope_dim = q.shape[2] - kv_lora_rank
+    require(q.shape[0] == positions.shape[0], operation, f"{q.shape[0]} queries, {positions.shape[0]} rows")
+    require(q.shape[2] == latents.shape[1], operation, f"query width {q.shape[2]}, key {latents.shape[1]}")
+    require(latents.dtype == q.dtype, operation, f"latents of {latents.dtype}, queries of {q.dtype}")
+    require(
+        q.is_contiguous() and latents.is_contiguous() and positions.stride(-1) == 1,
+        operation,
+        "queries, latents and rows of positions must be contiguous",
+    )
+    require_channels(operation, kv_lora_rank, rope_dim)
 
 
 def choose_splits(programs: int, num_tiles: int, slots: int) -> int:

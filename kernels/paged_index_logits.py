@@ -87,7 +87,7 @@ def paged_index_logits(
         visible,
         rows_per_sequence=rows_per_sequence,
         max_visible=max_visible,
-        config=config_for(page_table.shape[0], max_visible),
+        config=config_for(page_table.shape[0], max_visible, rows_per_sequence),
     )
 
 
@@ -114,14 +114,18 @@ def paged_index_logits_reference(
     return out
 
 
-def config_for(num_sequences: int, max_visible: int) -> Config:
-    """Eight programs for each SM of a large machine, of at most 16 pages: enough to have every SM busy to the
-    end, few enough that reading the queries (as much as a page) stays small beside the pages."""
+def config_for(num_sequences: int, max_visible: int, rows_per_sequence: int) -> Config:
+    """From the sweep of 2026-11-22 on an H100: a thousand programs or more, of at most 8 pages (16 where
+    n > 1, because reading the queries is dearer). Programs of a page or two have nothing to overlap: by
+    pointers they start sooner."""
     total = num_sequences * triton.cdiv(max_visible, PAGE_SIZE)
+    most = 8 if rows_per_sequence == 1 else 16
     pages = 1
-    while pages < 16 and total // (2 * pages) >= 8 * 132:
+    while pages < most and total // (2 * pages) >= 1024:
         pages *= 2
-    return Config(pages, 4, 4, descriptors=True)
+    if pages <= 2 or (rows_per_sequence > 1 and total > 32768):
+        return Config(pages, 4, 4, descriptors=False)
+    return Config(pages, 4, 3, descriptors=True)
 
 
 def launch(

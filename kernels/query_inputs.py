@@ -17,20 +17,17 @@ from torch import Tensor
 from kernels.backend import Backend, require, require_triton_or_reference
 from kernels.fp8_quant import FP8, quantize_reference
 from kernels.hadamard import hadamard_reference
-from kernels.jit import quantize_last, rotated_hadamard
+from kernels.jit import hadamard, quantize_last, rotate_halves, round_to_bf16
 from kernels.rope import apply_rope_reference
 
 
 @dataclass(frozen=True)
 class _Config:
-    """Rows (token and head) that a program takes of either kind, how many such tiles of index queries one
-    after the other, and the warps of every program; stages are of the loop over tiles."""
+    """Heads of one token that a program takes, of index queries or of the others, and its warps."""
 
-    index_rows: int
-    index_tiles: int
-    latent_rows: int
+    index_heads: int
+    heads: int
     num_warps: int
-    num_stages: int
 
 
 def query_inputs(
@@ -59,7 +56,7 @@ def query_inputs(
     require(q_pe.shape[:2] == q_latent.shape[:2], "query_inputs", f"{q_pe.shape} and {q_latent.shape} differ")
     if backend == "reference":
         return query_inputs_reference(index_q, head_weights, q_pe, q_latent, cos, sin)
-    rope_dim, rest = q_pe.shape[2], index_q.shape[2] - q_pe.shape[2]
+    rope_dim, dim = q_pe.shape[2], index_q.shape[2]
     require(
         index_q.dtype == q_pe.dtype == q_latent.dtype == torch.bfloat16,
         "query_inputs",
@@ -71,9 +68,9 @@ def query_inputs(
         "the channels of a head must be contiguous",
     )
     require(
-        rope_dim >= 32 and rest >= 16 and rest & (rest - 1) == 0 == rope_dim & (rope_dim - 1),
+        dim >= 16 and rope_dim >= 2 and dim & (dim - 1) == 0 == rope_dim & (rope_dim - 1),
         "query_inputs",
-        f"{index_q.shape[2]} channels, {rope_dim} of them rotated, make no tiles of 16",
+        f"{dim} channels, {rope_dim} of them rotated, are no powers of two",
     )
     require(
         cos.is_contiguous() and sin.is_contiguous() and cos.shape == (len(q_pe), rope_dim // 2),
@@ -103,11 +100,11 @@ def _constant(num_heads: int, dim: int) -> float:
 
 
 def _config_for(num_rows: int) -> _Config:
-    """The signs of the Hadamard matrix are made once a program, so where there are programs enough each takes
-    several tiles."""
+    """From the sweep of 2026-11-22 on an H100: few rows are spread over more programs, to be done soonest;
+    with many a thread has four loads of 16 bytes on their way."""
     if num_rows <= 256:
-        return _Config(index_rows=64, index_tiles=1, latent_rows=32, num_warps=4, num_stages=1)
-    return _Config(index_rows=64, index_tiles=8, latent_rows=64, num_warps=4, num_stages=2)
+        return _Config(index_heads=8, heads=32, num_warps=4)
+    return _Config(index_heads=32, heads=64, num_warps=4)
 
 
 def _launch(
@@ -125,9 +122,10 @@ def _launch(
     weights = torch.empty(num_tokens, index_heads, dtype=torch.float32, device=index_q.device)
     if num_tokens == 0:
         return values, weights
-    index_programs = triton.cdiv(num_tokens * index_heads, config.index_rows * config.index_tiles)
-    latent_programs = triton.cdiv(num_tokens * heads, config.latent_rows)
-    _query_inputs[(index_programs + latent_programs,)](
+    block_index = min(config.index_heads, triton.next_power_of_2(index_heads))
+    block_heads = min(config.heads, triton.next_power_of_2(heads))
+    parts = triton.cdiv(index_heads, block_index) + triton.cdiv(heads, block_heads)
+    _query_inputs[(num_tokens * parts,)](
         index_q,
         head_weights,
         q_pe,
@@ -136,7 +134,6 @@ def _launch(
         sin,
         values,
         weights,
-        num_tokens,
         index_q.stride(0),
         index_q.stride(1),
         head_weights.stride(0),
@@ -144,7 +141,6 @@ def _launch(
         q_pe.stride(1),
         q_latent.stride(0),
         q_latent.stride(1),
-        index_programs,
         _constant(index_heads, dim),
         dim**-0.5,
         INDEX_HEADS=index_heads,
@@ -152,11 +148,9 @@ def _launch(
         C=q_latent.shape[2] - rope_dim,
         R=rope_dim,
         D=dim,
-        INDEX_ROWS=config.index_rows,
-        INDEX_TILES=config.index_tiles,
-        LATENT_ROWS=config.latent_rows,
+        BLOCK_INDEX=block_index,
+        BLOCK_HEADS=block_heads,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     return values, weights
 
@@ -171,7 +165,6 @@ def _query_inputs(
     sin_ptr,  # [T, R/2]
     values_ptr,  # [T, I, D]
     weights_ptr,  # [T, I]
-    num_tokens,
     index_q_stride,
     index_head_stride,
     head_weights_stride,
@@ -179,7 +172,6 @@ def _query_inputs(
     q_pe_head_stride,
     q_latent_stride,
     q_latent_head_stride,
-    index_programs,
     constant,
     hadamard_scale,
     INDEX_HEADS: tl.constexpr,
@@ -187,73 +179,63 @@ def _query_inputs(
     C: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
-    INDEX_ROWS: tl.constexpr,
-    INDEX_TILES: tl.constexpr,
-    LATENT_ROWS: tl.constexpr,
+    BLOCK_INDEX: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    if program < index_programs:
-        for tile in range(INDEX_TILES):
-            _quantize_index_queries(
-                index_q_ptr, head_weights_ptr, cos_ptr, sin_ptr, values_ptr, weights_ptr,
-                index_q_stride, index_head_stride, head_weights_stride,
-                (program * INDEX_TILES + tile) * INDEX_ROWS, num_tokens * INDEX_HEADS, constant,
-                hadamard_scale, INDEX_ROWS, INDEX_HEADS, R, D,
-            )  # fmt: skip
+    # The parts of a token side by side, so that they share the lines of its projection's row.
+    index_parts: tl.constexpr = (INDEX_HEADS + BLOCK_INDEX - 1) // BLOCK_INDEX
+    parts: tl.constexpr = index_parts + (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
+    token = (tl.program_id(0) // parts).to(tl.int64)
+    part = tl.program_id(0) % parts
+    cos_ptr += token * (R // 2)
+    sin_ptr += token * (R // 2)
+    if part < index_parts:
+        _quantize_index_queries(
+            index_q_ptr + token * index_q_stride, head_weights_ptr + token * head_weights_stride, cos_ptr,
+            sin_ptr, values_ptr + token * (INDEX_HEADS * D), weights_ptr + token * INDEX_HEADS,
+            index_head_stride, part * BLOCK_INDEX, constant, hadamard_scale, BLOCK_INDEX, INDEX_HEADS, R, D,
+        )  # fmt: skip
     else:
         _rotate_q_pe(
-            q_pe_ptr, q_latent_ptr + C, cos_ptr, sin_ptr, q_pe_stride, q_pe_head_stride, q_latent_stride,
-            q_latent_head_stride, (program - index_programs) * LATENT_ROWS, num_tokens * HEADS,
-            LATENT_ROWS, HEADS, R,
+            q_pe_ptr + token * q_pe_stride, q_latent_ptr + token * q_latent_stride + C, cos_ptr, sin_ptr,
+            q_pe_head_stride, q_latent_head_stride, (part - index_parts) * BLOCK_HEADS, BLOCK_HEADS, HEADS, R,
         )  # fmt: skip
 
 
 @triton.jit
 def _quantize_index_queries(
-    q_ptr, head_weights_ptr, cos_ptr, sin_ptr, values_ptr, weights_ptr, q_stride, head_stride,
-    head_weights_stride, first_row, num_rows, constant, hadamard_scale, ROWS: tl.constexpr,
-    HEADS: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    q_ptr, head_weights_ptr, cos_ptr, sin_ptr, values_ptr, weights_ptr, head_stride, first_head, constant,
+    hadamard_scale, BLOCK: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """A row is a head of a token."""
-    half: tl.constexpr = R // 2
-    pairs = tl.arange(0, half)
-    others = R + tl.arange(0, D - R)
-    flat = first_row + tl.arange(0, ROWS)
-    valid = flat < num_rows
+    """Heads of one token, to which all pointers point."""
+    heads = first_head + tl.arange(0, BLOCK)
+    channels = tl.arange(0, D)
+    valid = heads < HEADS
     mask = valid[:, None]
-    tokens, heads = (flat // HEADS).to(tl.int64), flat % HEADS
-    # Three parts, so that the halves of RoPE meet without moving between threads.
-    q = (q_ptr + tokens * q_stride + heads * head_stride)[:, None]
-    a = tl.load(q + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(q + (half + pairs)[None, :], mask=mask, other=0.0).to(tl.float32)
-    rest = tl.load(q + others[None, :], mask=mask, other=0.0).to(tl.float32)
-    angles = tokens[:, None] * half + pairs[None, :]
-    cos = tl.load(cos_ptr + angles, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + angles, mask=mask, other=0.0)
-    values, scales = quantize_last(rotated_hadamard(a, b, rest, cos, sin, hadamard_scale, R, D))
-    tl.store(values_ptr + flat.to(tl.int64)[:, None] * D + tl.arange(0, D)[None, :], values, mask=mask)
-    weights = tl.load(head_weights_ptr + tokens * head_weights_stride + heads, mask=valid, other=0.0)
-    tl.store(weights_ptr + flat, weights * constant * scales, mask=valid)
+    q = tl.load(q_ptr + heads[:, None] * head_stride + channels[None, :], mask=mask, other=0.0)
+    turns = channels < R
+    cos = tl.load(cos_ptr + channels % (R // 2), mask=turns, other=1.0)[None, :]
+    sin = tl.load(sin_ptr + channels % (R // 2), mask=turns, other=0.0)[None, :]
+    weights = tl.load(head_weights_ptr + heads, mask=valid, other=0.0)
+    rotated = round_to_bf16(rotate_halves(q.to(tl.float32), cos, sin, R))
+    values, scales = quantize_last(round_to_bf16(hadamard(rotated) * hadamard_scale))
+    tl.store(values_ptr + heads[:, None] * D + channels[None, :], values, mask=mask)
+    tl.store(weights_ptr + heads, weights * constant * scales, mask=valid)
 
 
 @triton.jit
 def _rotate_q_pe(
-    q_pe_ptr, out_ptr, cos_ptr, sin_ptr, q_pe_stride, q_pe_head_stride, out_stride, out_head_stride,
-    first_row, num_rows, ROWS: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
+    q_pe_ptr, out_ptr, cos_ptr, sin_ptr, head_stride, out_head_stride, first_head, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """A row is a head of a token; out_ptr at the first rotated channel."""
-    half: tl.constexpr = R // 2
-    pairs = tl.arange(0, half)
-    flat = first_row + tl.arange(0, ROWS)
-    mask = (flat < num_rows)[:, None]
-    tokens, heads = (flat // HEADS).to(tl.int64), flat % HEADS
-    channels = pairs[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    q_pe = (q_pe_ptr + tokens * q_pe_stride + heads * q_pe_head_stride)[:, None, None]
-    x = tl.load(q_pe + channels, mask=mask[:, :, None], other=0.0).to(tl.float32)
-    angles = tokens[:, None] * half + pairs[None, :]
-    cos = tl.load(cos_ptr + angles, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + angles, mask=mask, other=0.0)
-    a, b = tl.split(x)
-    turned = tl.join(a * cos - b * sin, a * sin + b * cos).to(tl.bfloat16)
-    out = (out_ptr + tokens * out_stride + heads * out_head_stride)[:, None, None]
-    tl.store(out + channels, turned, mask=mask[:, :, None])
+    """Heads of one token; out_ptr at the first rotated channel."""
+    heads = first_head + tl.arange(0, BLOCK)
+    mask = (heads < HEADS)[:, None]
+    pairs = tl.arange(0, R // 2)
+    channels = tl.arange(0, R)[None, :]
+    x = tl.load(q_pe_ptr + heads[:, None] * head_stride + channels, mask=mask, other=0.0)
+    cos = tl.load(cos_ptr + pairs)[None, :]
+    sin = tl.load(sin_ptr + pairs)[None, :]
+    a, b = tl.split(tl.reshape(x.to(tl.float32), [BLOCK, R // 2, 2]))
+    turned = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), [BLOCK, R])
+    tl.store(out_ptr + heads[:, None] * out_head_stride + channels, turned.to(tl.bfloat16), mask=mask)

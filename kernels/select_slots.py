@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
 from kernels.select_long import mark_shares, select_from_shares, select_rows_by_sample
+from kernels.select_shared_rows import mark_parts, select_by_marks, select_from_parts, select_in_registers
 from kernels.select_threshold import (
     count_above,
     float_of,
@@ -34,6 +35,7 @@ from kernels.topk import topk_reference
 
 PAGE_SIZE = 64
 MOST_RESIDENT = 32768  # scores a program can hold in registers and count in half a word
+MOST_MARKED = 163840  # scores whose marks fit the shared memory set aside
 _OPERATION = "select_slots"
 
 
@@ -41,7 +43,7 @@ class Config(NamedTuple):
     """resident: block scores in the registers of a program; sampled: one program a row, reading tiles of
     block scores; shared: the same with splits programs a row for the reading, whose warps are share_warps."""
 
-    kind: Literal["resident", "sampled", "shared"]
+    kind: Literal["resident", "sampled", "shared", "registers", "marked", "parts"]
     block: int
     num_warps: int
     pieces: int = 1  # resident: in how many goes the registers are written out
@@ -91,7 +93,9 @@ def select_slots(
         rows_per_sequence=rows_per_sequence,
         k=k,
         max_visible=max_visible,
-        config=config_for(logits.shape[0], max_visible, k),
+        config=config_for(
+            logits.shape[0], max_visible, k, nvidia=logits.is_cuda and torch.version.hip is None
+        ),
     )
 
 
@@ -114,7 +118,29 @@ def select_slots_reference(
     return (pages * PAGE_SIZE + positions % PAGE_SIZE).masked_fill_(positions < 0, -1)
 
 
-def config_for(num_rows: int, max_visible: int, k: int) -> Config:
+def config_for(num_rows: int, max_visible: int, k: int, *, nvidia: bool = False) -> Config:
+    """What the sweep of 2026-11-22 on an H100 found best; `nvidia`: where inline PTX can be had."""
+    if nvidia and k <= 2048 and 4096 < max_visible <= MOST_MARKED:
+        return _nvidia_config(num_rows, max_visible)
+    return _portable_config(num_rows, max_visible, k)
+
+
+def _nvidia_config(num_rows: int, max_visible: int) -> Config:
+    if num_rows <= 64 and max_visible > 16384:  # programs enough for every SM
+        part, warps = (
+            (2048, 8) if num_rows <= 4 else (8192, 16) if max_visible <= MOST_RESIDENT else (8192, 8)
+        )
+        return Config("parts", part, 16, share_warps=warps)
+    if num_rows <= 264 and max_visible <= MOST_RESIDENT:
+        block = triton.next_power_of_2(max_visible)
+        return Config("registers", block, 32, pieces=block // 4096)
+    if num_rows <= 132:
+        return Config("marked", 8192, 32, programs=num_rows)
+    # Two programs share an SM: one reads while the other searches.
+    return Config("marked", 2048, 16, programs=264, num_stages=4, registers=64)
+
+
+def _portable_config(num_rows: int, max_visible: int, k: int) -> Config:
     """By the costs above; `candidates` is twice k, so that a sample can be off by a third either way."""
     candidates = max(2048, 2 * triton.next_power_of_2(k))
     sample = min(4096, candidates)
@@ -167,8 +193,9 @@ def launch(
         "num_warps": config.num_warps,
         "maxnreg": config.registers,
     }
-    if config.kind == "resident":
-        _select_resident[(num_rows,)](
+    if config.kind in ("resident", "registers"):
+        kernel = _select_resident if config.kind == "resident" else select_in_registers
+        kernel[(num_rows,)](
             logits,
             visible,
             table,
@@ -192,6 +219,12 @@ def launch(
         "WORDS": num_words,
     }
     long |= {"STAGES": config.num_stages, "VECTOR": vector}
+    if config.kind == "marked":
+        programs = min(num_rows, config.programs)
+        select_by_marks[(programs,)](
+            logits, visible, table, out, num_rows, logits.stride(0), table_stride, k, wanted, **long, **common
+        )
+        return out
     if config.kind == "sampled":
         programs = min(num_rows, config.programs)
         scratch = torch.empty(programs, size, dtype=torch.int32, device=logits.device)
@@ -207,6 +240,39 @@ def launch(
             k,
             wanted,
             **long,
+            **common,
+        )
+        return out
+    if config.kind == "parts":
+        marks = torch.empty(num_rows, num_words, dtype=torch.int32, device=logits.device)
+        thresholds = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+        mark_parts[(triton.cdiv(max_visible, config.block), num_rows)](
+            logits,
+            visible,
+            marks,
+            thresholds,
+            logits.stride(0),
+            wanted,
+            SAMPLE=config.sample,
+            PART=config.block,
+            WORDS=num_words,
+            CANDIDATES=config.candidates,
+            VECTOR=vector,
+            num_warps=config.share_warps,
+        )
+        select_from_parts[(num_rows,)](
+            logits,
+            visible,
+            table,
+            out,
+            marks,
+            thresholds,
+            logits.stride(0),
+            table_stride,
+            k,
+            wanted,
+            **long,
+            launch_pdl=True,
             **common,
         )
         return out

@@ -13,20 +13,24 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
-from kernels.latent_pages import record_bytes, unpack_latents_reference
+from kernels.latent_pages import unpack_latents_reference
 from kernels.latent_tiles import (
     LOG2_E,
     TileConfig,
     attend_tile,
     choose_splits,
     combine,
+    is_full_size,
+    is_hopper,
     make_partials,
     num_sms,
     read_query,
     read_tile,
+    require_latents,
     write_result,
 )
 from kernels.sparse_mla import sparse_mla_reference
+from kernels.sparse_mla_decode_gluon import sparse_mla_decode_gluon
 
 _OPERATION = "sparse_mla_decode"
 
@@ -52,7 +56,10 @@ def sparse_mla_decode(
         return sparse_mla_decode_reference(q, latent_pages, slots, scale, kv_lora_rank)
     require(q.dtype == torch.bfloat16, _OPERATION, f"queries must be bfloat16, not {q.dtype}")
     require(slots.stride(1) == 1 or slots.shape[1] <= 1, _OPERATION, "rows of slots must be contiguous")
-    config = _config_for(q.shape[0], q.shape[1], kv_lora_rank, fp8=latent_pages.dtype == torch.uint8)
+    fp8 = latent_pages.dtype == torch.uint8
+    if fp8 and is_full_size(kv_lora_rank, q.shape[2] - kv_lora_rank) and is_hopper(q.device):
+        return sparse_mla_decode_gluon(q, latent_pages, slots, scale, kv_lora_rank)
+    config = _config_for(q.shape[0], q.shape[1], kv_lora_rank, fp8=fp8)
     return _launch(q, latent_pages, slots, scale, kv_lora_rank, config)
 
 
@@ -64,22 +71,6 @@ def sparse_mla_decode_reference(
         return unpack_latents_reference(rows, kv_lora_rank) if rows.dtype == torch.uint8 else rows
 
     return sparse_mla_reference(q, read, slots.long(), scale, kv_lora_rank)
-
-
-def require_latents(operation: str, q: Tensor, pages: Tensor, kv_lora_rank: int) -> None:
-    """What the kernels over pages need of queries and pages."""
-    rope_dim = q.shape[2] - kv_lora_rank
-    fp8 = pages.dtype == torch.uint8
-    expected = record_bytes(kv_lora_rank, rope_dim) if fp8 else q.shape[2]
-    require(pages.shape[-1] == expected, operation, f"records of {pages.shape[-1]}, not {expected}")
-    require(fp8 or pages.dtype == q.dtype, operation, f"pages of {pages.dtype}, queries of {q.dtype}")
-    require(q.is_contiguous() and pages.is_contiguous(), operation, "queries and pages must be contiguous")
-    powers = kv_lora_rank & (kv_lora_rank - 1) == 0 and rope_dim & (rope_dim - 1) == 0
-    require(
-        powers and kv_lora_rank >= 128 and rope_dim >= 16,
-        operation,
-        f"serves powers of two, from 128 and 16 channels, not {kv_lora_rank} and {rope_dim}",
-    )
 
 
 def _config_for(num_rows: int, num_heads: int, kv_lora_rank: int, *, fp8: bool) -> TileConfig:

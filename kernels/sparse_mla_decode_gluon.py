@@ -21,14 +21,21 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from kernels.backend import require
-from kernels.latent_tiles import LOG2_E, choose_splits, combine, make_partials, num_sms
-from kernels.sparse_mla_decode import require_latents
-from kernels.sparse_mla_prefill_gluon import consume
+from kernels.latent_tiles import (
+    LOG2_E,
+    choose_splits,
+    combine,
+    is_full_size,
+    make_partials,
+    num_sms,
+    require_latents,
+)
+from kernels.sparse_mla_prefill_gluon import consume, count_tiles, slots_of
 
 _OPERATION = "sparse_mla_decode_gluon"
 _HEADS = 64  # the rows of one warp group's products
 _KEYS = 64  # of a tile: two tiles and the queries fill shared memory
-_RANK, _ROPE, _RECORD = 512, 64, 656
+_RANK = 512
 
 
 class WidenConfig(NamedTuple):
@@ -38,24 +45,30 @@ class WidenConfig(NamedTuple):
     registers: int
 
 
+# The best of a sweep on an H100 (2026-11-22).
 # With more than 12 warps in all none may hold an accumulator of half the register file.
-_CONFIG = WidenConfig(4, 104)
+CONFIG = WidenConfig(4, 112)
 
 
 def sparse_mla_decode_gluon(
     q: Tensor, latent_pages: Tensor, slots: Tensor, scale: float, kv_lora_rank: int
 ) -> Tensor:
     """Attend to chosen slots; arguments and result as in `sparse_mla_decode`, full-size FP8 records only."""
-    require_latents(_OPERATION, q, latent_pages, kv_lora_rank)
+    require(latent_pages.dtype == torch.uint8, _OPERATION, f"needs FP8 records, not {latent_pages.dtype}")
+    require_gluon_latents(_OPERATION, q, latent_pages, kv_lora_rank)
     require(q.shape[0] == slots.shape[0], _OPERATION, f"{q.shape[0]} queries, {slots.shape[0]} slot rows")
-    require(q.dtype == torch.bfloat16, _OPERATION, f"queries must be bfloat16, not {q.dtype}")
-    require(
-        latent_pages.dtype == torch.uint8 and latent_pages.shape[-1] == _RECORD and kv_lora_rank == _RANK,
-        _OPERATION,
-        f"serves records of {_RECORD} bytes, not {latent_pages.shape[-1]}",
-    )
     require(slots.stride(1) == 1 or slots.shape[1] <= 1, _OPERATION, "rows of slots must be contiguous")
-    return _launch(q, latent_pages, slots, scale, _CONFIG)
+    return _launch(q, latent_pages, slots, scale, CONFIG)
+
+
+def require_gluon_latents(operation: str, q: Tensor, pages: Tensor, kv_lora_rank: int) -> None:
+    require_latents(operation, q, pages, kv_lora_rank)
+    require(q.dtype == torch.bfloat16, operation, f"queries must be bfloat16, not {q.dtype}")
+    require(
+        is_full_size(kv_lora_rank, q.shape[2] - kv_lora_rank),
+        operation,
+        f"serves full-size latents, not {kv_lora_rank} of {q.shape[2]} channels",
+    )
 
 
 def _launch(
@@ -101,52 +114,119 @@ def _launch(
 
 
 @gluon.jit
-def _widen(
-    pages, row, begin, end, c_tiles, pe_tiles, ready, free, BLOCK_K: gl.constexpr, WARPS: gl.constexpr,
+def fetch(records, here, words, FIRST: gl.constexpr):
+    """A group of 128 channels of records in words of four, twice [K, 16] int32, and its scales [K]."""
+    values = (records + FIRST).to(gl.pointer_type(gl.int32), bitcast=True)[:, None] + words[None, :]
+    scales = (records + (512 + FIRST // 32)).to(gl.pointer_type(gl.float32), bitcast=True)
+    there = here[:, None]
+    left, right = gl.load(values, mask=there, other=0), gl.load(values + 16, mask=there, other=0)
+    return left, right, gl.load(scales, mask=here, other=0.0)
+
+
+@gluon.jit
+def put(pairs, left, right, scales, FIRST: gl.constexpr):
+    """Lay a fetched group into its tile of pairs of fp16, [K, 256] int32."""
+    half = scales.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    both = half | (half << 16)
+    # In one store: Triton puts a barrier between two to the same tile.
+    whole = gl.join(scaled(left, both), scaled(right, both)).permute((0, 2, 1))
+    pairs.slice(FIRST // 2, 64, dim=1).store(whole.reshape([left.shape[0], 64]))
+
+
+@gluon.jit
+def scaled(words, scales):
+    """Pairs of fp16, [K, 32] int32, of words of four e4m3 [K, 16], multiplied by pairs of scales [K]."""
+    low, high = gl.inline_asm_elementwise(
+        """
+        {
+            .reg .b16 first, second;
+            mov.b32 {first, second}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, first;
+            cvt.rn.f16x2.e4m3x2 $1, second;
+            mul.rn.f16x2 $0, $0, $3;
+            mul.rn.f16x2 $1, $1, $3;
+        }
+        """,
+        "=&r,=&r,r,r",
+        [words, scales[:, None]],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    return gl.join(low, high).reshape([words.shape[0], 2 * words.shape[1]])
+
+
+@gluon.jit
+def widen(
+    pages, row, begin, end, c_tiles, pe_tiles, ready, free, BLOCK_K: gl.constexpr, PAGED: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Fill the two buffers in turn; a tile's records are under way while its buffer is waited for."""
-    GROUP: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])  # 128 bytes of a row
+    """Fill the two buffers in turn with the row's slots [begin, end), widened to fp16.
+
+    When a group of channels lies in its buffer, the group three further on is sent for, be it of the next
+    tile: three are always under way, and no more,
+    as registers would not hold them. PAGED: row holds pages of BLOCK_K slots, and all are read.
+    """
+    GROUP: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])  # 64 bytes of a row
     PE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     keys = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, GROUP))
-    channels = gl.arange(0, 128, layout=gl.SliceLayout(0, GROUP))
+    words = gl.arange(0, 16, layout=gl.SliceLayout(0, GROUP))
     rotated = gl.arange(0, 64, layout=gl.SliceLayout(0, PE))
-    bytes8 = pages.to(gl.pointer_type(gl.float8e4nv), bitcast=True)
-    floats = pages.to(gl.pointer_type(gl.float32), bitcast=True) + 128
     halves = pages.to(gl.pointer_type(gl.bfloat16), bitcast=True) + 264
-    ahead = gl.load(row + begin + keys, mask=begin + keys < end, other=-1)
-    for tile in range(gl.cdiv(end - begin, BLOCK_K)):
-        slots = ahead
-        following = begin + (tile + 1) * BLOCK_K
-        ahead = gl.load(row + following + keys, mask=following + keys < end, other=-1)
-        here = slots >= 0
-        records = slots.to(gl.int64)
-        at = (bytes8 + records * 656)[:, None] + channels[None, :]
-        there = here[:, None]
-        v0 = gl.load(at, mask=there, other=0.0)
-        v1 = gl.load(at + 128, mask=there, other=0.0)
-        v2 = gl.load(at + 256, mask=there, other=0.0)
-        v3 = gl.load(at + 384, mask=there, other=0.0)
-        scales = floats + records * 164
-        s0 = gl.load(scales, mask=here, other=0.0)
-        s1 = gl.load(scales + 1, mask=here, other=0.0)
-        s2 = gl.load(scales + 2, mask=here, other=0.0)
-        s3 = gl.load(scales + 3, mask=here, other=0.0)
+    PAIRS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_K, 256], gl.int32)
+    pairs = c_tiles._reinterpret(gl.int32, [2, BLOCK_K, 256], PAIRS)
+    slots = slots_of(row, begin + keys, end, BLOCK_K, PAGED)
+    ahead = slots_of(row, begin + BLOCK_K + keys, end, BLOCK_K, PAGED)
+    here = slots >= 0
+    records = pages + slots.to(gl.int64) * 656
+    l0, r0, s0 = fetch(records, here, words, 0)
+    l1, r1, s1 = fetch(records, here, words, 128)
+    l2, r2, s2 = fetch(records, here, words, 256)
+    for tile in range(count_tiles(begin, end, BLOCK_K)):
         pe_slots = gl.convert_layout(slots, gl.SliceLayout(1, PE))
         pe_at = (halves + pe_slots.to(gl.int64) * 328)[:, None] + rotated[None, :]
+        slots, present, current = ahead, here, records
+        ahead = slots_of(row, begin + (tile + 2) * BLOCK_K + keys, end, BLOCK_K, PAGED)
+        here = slots >= 0
+        records = pages + slots.to(gl.int64) * 656
         stage = tile % 2
         # A buffer's first use waits for the phase before the first, which counts as over.
         mbarrier.wait(free.index(stage), ((tile // 2) & 1) ^ 1)
         async_copy.async_copy_global_to_shared(pe_tiles.index(stage), pe_at, mask=(pe_slots >= 0)[:, None])
         async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
-        c_tile = c_tiles.index(stage)
-        c_tile.slice(0, 128, dim=1).store(v0.to(gl.float16) * s0.to(gl.float16)[:, None])
-        c_tile.slice(128, 128, dim=1).store(v1.to(gl.float16) * s1.to(gl.float16)[:, None])
-        c_tile.slice(256, 128, dim=1).store(v2.to(gl.float16) * s2.to(gl.float16)[:, None])
-        c_tile.slice(384, 128, dim=1).store(v3.to(gl.float16) * s3.to(gl.float16)[:, None])
+        c_tile = pairs.index(stage)
+        put(c_tile, l0, r0, s0, 0)
+        l3, r3, s3 = fetch(current, present, words, 384)
+        put(c_tile, l1, r1, s1, 128)
+        l0, r0, s0 = fetch(records, here, words, 0)
+        put(c_tile, l2, r2, s2, 256)
+        l1, r1, s1 = fetch(records, here, words, 128)
+        put(c_tile, l3, r3, s3, 384)
+        l2, r2, s2 = fetch(records, here, words, 256)
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(ready.index(stage))
     async_copy.wait_group(0)
+
+
+@gluon.jit
+def place_query(q, first, heads, there, q_c, q_pe, C: gl.constexpr, R: gl.constexpr, LAYOUT: gl.constexpr):
+    """Lay queries into shared memory, brought into fp16's range; returns what undoes that, [BLOCK_H].
+
+    first: row of q of head 0; a head's greatest number comes to lie in [256, 512).
+    """
+    at = q + (first + heads)[:, None] * (C + R)
+    channels = gl.arange(0, C, layout=gl.SliceLayout(0, LAYOUT))
+    rotated = C + gl.arange(0, R, layout=gl.SliceLayout(0, LAYOUT))
+    wide = gl.load(at + channels[None, :], mask=there[:, None], other=0.0).to(gl.float32)
+    # Exponents are biased, as in fp32.
+    exponent = (gl.max(gl.abs(wide), 1).to(gl.int32, bitcast=True) >> 23) & 0xFF
+    up = gl.minimum(262 - exponent, 254)
+    raised = (up << 23).to(gl.float32, bitcast=True)
+    q_c.store((wide * raised[:, None]).to(gl.float16))
+    pe = gl.load(at + rotated[None, :], mask=there[:, None], other=0.0).to(gl.float32)
+    q_pe.store((pe * raised[:, None]).to(gl.bfloat16))
+    return (gl.maximum(254 - up, 1) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -185,6 +265,7 @@ def _decode(
     c_tiles = gl.allocate_shared_memory(gl.float16, [2, BLOCK_K, C], C_SHARED)
     pe_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_K, R], PE_SHARED)
     weights_tile = gl.allocate_shared_memory(gl.float16, [BLOCK_H, BLOCK_K], W_SHARED)
+    maxima = gl.allocate_shared_memory(gl.float32, [2, BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(2):
@@ -192,19 +273,7 @@ def _decode(
         mbarrier.init(free.index(stage), count=1)
 
     heads = head_block * BLOCK_H + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, LOADED))
-    at = q + (t * H + heads)[:, None] * (C + R)
-    there = (heads < H)[:, None]
-    channels = gl.arange(0, C, layout=gl.SliceLayout(0, LOADED))
-    rotated = C + gl.arange(0, R, layout=gl.SliceLayout(0, LOADED))
-    wide = gl.load(at + channels[None, :], mask=there, other=0.0).to(gl.float32)
-    # A head's greatest number comes to lie in [256, 512). Exponents are biased, as in fp32.
-    exponent = (gl.max(gl.abs(wide), 1).to(gl.int32, bitcast=True) >> 23) & 0xFF
-    up = gl.minimum(262 - exponent, 254)
-    raised = (up << 23).to(gl.float32, bitcast=True)
-    undo = (gl.maximum(254 - up, 1) << 23).to(gl.float32, bitcast=True)
-    q_c.store((wide * raised[:, None]).to(gl.float16))
-    pe = gl.load(at + rotated[None, :], mask=there, other=0.0).to(gl.float32)
-    q_pe.store((pe * raised[:, None]).to(gl.bfloat16))
+    undo = place_query(q, t * H, heads, heads < H, q_c, q_pe, C, R, LOADED)
     fence_async_shared()
     gl.thread_barrier()
 
@@ -216,11 +285,15 @@ def _decode(
             (
                 consume,
                 (
-                    row, begin, end, q_c, q_pe, c_tiles, pe_tiles, weights_tile, ready, free, undo * scale,
-                    out, log_sums, (t * splits + split) * H, H, head_block, C, BLOCK_H, BLOCK_K, SPLIT, False,
+                    row, begin, end, q_c, q_pe, c_tiles, pe_tiles, weights_tile, maxima, ready, free,
+                    undo * scale, out, log_sums, (t * splits + split) * H, H, head_block, C, BLOCK_H,
+                    BLOCK_K, SPLIT, False,
                 ),
             ),
-            (_widen, (pages, row, begin, end, c_tiles, pe_tiles, ready, free, BLOCK_K, WIDENERS)),
+            (
+                widen,
+                (pages, row, begin, end, c_tiles, pe_tiles, ready, free, BLOCK_K, False, WIDENERS),
+            ),
         ],
         [WIDENERS],
         [REGISTERS],

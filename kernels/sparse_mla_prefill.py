@@ -11,8 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
-from kernels.latent_tiles import LOG2_E, TileConfig, attend_tile, read_query, read_tile, write_result
+from kernels.latent_tiles import (
+    LOG2_E,
+    TileConfig,
+    attend_tile,
+    is_full_size,
+    is_hopper,
+    read_query,
+    read_tile,
+    require_prefill,
+    write_result,
+)
 from kernels.sparse_mla import sparse_mla_reference
+from kernels.sparse_mla_prefill_gluon import sparse_mla_prefill_gluon
 
 _OPERATION = "sparse_mla_prefill"
 
@@ -36,6 +47,8 @@ def sparse_mla_prefill(
     if backend == "reference":
         return sparse_mla_prefill_reference(q, latents, positions, scale, kv_lora_rank)
     require(q.dtype == torch.bfloat16, _OPERATION, f"queries must be bfloat16, not {q.dtype}")
+    if is_full_size(kv_lora_rank, q.shape[2] - kv_lora_rank) and is_hopper(q.device):
+        return sparse_mla_prefill_gluon(q, latents, positions, scale, kv_lora_rank)
     return _launch(q, latents, positions, scale, kv_lora_rank, _config_for(q.shape[1]))
 
 
@@ -44,25 +57,6 @@ def sparse_mla_prefill_reference(
 ) -> Tensor:
     return sparse_mla_reference(
         q, lambda chosen: latents.index_select(0, chosen), positions.long(), scale, kv_lora_rank
-    )
-
-
-def require_prefill(operation: str, q: Tensor, latents: Tensor, positions: Tensor, kv_lora_rank: int) -> None:
-    """What both kernels of prefill need of their inputs."""
-    rope_dim = q.shape[2] - kv_lora_rank
-    require(q.shape[0] == positions.shape[0], operation, f"{q.shape[0]} queries, {positions.shape[0]} rows")
-    require(q.shape[2] == latents.shape[1], operation, f"query width {q.shape[2]}, key {latents.shape[1]}")
-    require(latents.dtype == q.dtype, operation, f"latents of {latents.dtype}, queries of {q.dtype}")
-    require(
-        q.is_contiguous() and latents.is_contiguous() and positions.stride(-1) == 1,
-        operation,
-        "queries, latents and rows of positions must be contiguous",
-    )
-    powers = kv_lora_rank & (kv_lora_rank - 1) == 0 and rope_dim & (rope_dim - 1) == 0
-    require(
-        powers and kv_lora_rank >= 128 and rope_dim >= 16,
-        operation,
-        f"serves powers of two, from 128 and 16 channels, not {kv_lora_rank} and {rope_dim}",
     )
 
 

@@ -21,13 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.backend import require
-from kernels.latent_tiles import LOG2_E
-from kernels.sparse_mla_prefill import require_prefill
+from kernels.latent_tiles import LOG2_E, require_prefill
 
 _OPERATION = "sparse_mla_prefill_gluon"
 _HEADS = 64  # the rows of one warp group's products
 _KEYS = 64  # of a tile: two tiles and the queries fill shared memory
-_PRODUCER_REGISTERS = 72  # what the gathering warps leave goes to those that hold the accumulator
+PRODUCER_REGISTERS = 72  # what the gathering warps leave goes to those that hold the accumulator
 
 
 def sparse_mla_prefill_gluon(
@@ -42,7 +41,7 @@ def sparse_mla_prefill_gluon(
         _OPERATION,
         f"{kv_lora_rank} and {rope_dim} channels do not fit",
     )
-    return _launch(q, latents, positions, scale, kv_lora_rank, _PRODUCER_REGISTERS)
+    return _launch(q, latents, positions, scale, kv_lora_rank, PRODUCER_REGISTERS)
 
 
 def _launch(
@@ -83,6 +82,12 @@ def slots_of(row, at, end, PAGE: gl.constexpr, PAGED: gl.constexpr):
 
 
 @gluon.jit
+def count_tiles(begin, end, BLOCK_K: gl.constexpr):
+    """At least one, perhaps of skipped keys."""
+    return gl.maximum(gl.cdiv(end - begin, BLOCK_K), 1)
+
+
+@gluon.jit
 def produce(
     latents, row, begin, end, c_tiles, pe_tiles, ready, free,
     C: gl.constexpr, R: gl.constexpr, BLOCK_K: gl.constexpr, PAGED: gl.constexpr,
@@ -97,7 +102,7 @@ def produce(
     rotated = C + gl.arange(0, R, layout=gl.SliceLayout(0, PE_LAYOUT))
     keys = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, LAYOUT))
     ahead = slots_of(row, begin + keys, end, BLOCK_K, PAGED)
-    for tile in range(gl.cdiv(end - begin, BLOCK_K)):
+    for tile in range(count_tiles(begin, end, BLOCK_K)):
         here = ahead
         ahead = slots_of(row, begin + (tile + 1) * BLOCK_K + keys, end, BLOCK_K, PAGED)
         here_pe = gl.convert_layout(here, gl.SliceLayout(1, PE_LAYOUT))
@@ -117,9 +122,43 @@ def produce(
 
 
 @gluon.jit
+def seen_of(row, at, end, PAGED: gl.constexpr):
+    """What is -1 where a tile's key is skipped."""
+    return gl.where(at < end, 0, -1) if PAGED else gl.load(row + at, mask=at < end, other=-1)
+
+
+@gluon.jit
+def by_group(scores):
+    """[M, K] as [M, 2, K / 2]: what each of two warp groups holds."""
+    return scores.reshape([scores.shape[0], 2, scores.shape[1] // 2])
+
+
+@gluon.jit
+def weigh(scores, chosen, factor, acc, row_max, sums, weights_tile, maxima):
+    """One step of the softmax: the weights of a tile of keys go to shared memory for both warp groups."""
+    scores = gl.where((chosen >= 0)[None, :], scores * factor[:, None], float("-inf"))
+    # Each warp group's own maximum, then both: Triton's reduction over warps has three barriers, this one.
+    halves = gl.max(by_group(scores), 2)
+    BOTH: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    maxima._reinterpret(gl.float32, [2, halves.shape[0]], BOTH).store(halves.permute((1, 0)))
+    gl.thread_barrier()
+    ROWS: gl.constexpr = row_max.type.layout
+    new_max = gl.maximum(row_max, gl.maximum(maxima.index(0).load(ROWS), maxima.index(1).load(ROWS)))
+    base = gl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = gl.exp2(scores - base[:, None])
+    shrink = gl.exp2(row_max - base)
+    weights_tile.store(weights.to(weights_tile.dtype))
+    fence_async_shared()
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
+    gl.thread_barrier()  # both halves of the weights are there
+    kept = gl.convert_layout(shrink, gl.SliceLayout(1, sums.type.layout))[:, None]
+    return acc, new_max, sums * kept + gl.sum(by_group(weights), 2)
+
+
+@gluon.jit
 def consume(
-    row, begin, end, q_c, q_pe, c_tiles, pe_tiles, weights_tile, ready, free, factor, out, log_sums, first, H,
-    head_block, C: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_K: gl.constexpr, SPLIT: gl.constexpr,
+    row, begin, end, q_c, q_pe, c_tiles, pe_tiles, weights_tile, maxima, ready, free, factor, out, log_sums,
+    first, H, head_block, C: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_K: gl.constexpr, SPLIT: gl.constexpr,
     PAGED: gl.constexpr,
 ):  # fmt: skip
     """Scores, softmax and weighted sum over slots [begin, end) of a row, tile after tile, by two warp groups.
@@ -133,37 +172,37 @@ def consume(
     acc = gl.zeros((BLOCK_H, C), gl.float32, OUT)
     nothing = gl.zeros((BLOCK_H, BLOCK_K), gl.float32, SCORES)
     row_max = gl.full((BLOCK_H,), float("-inf"), gl.float32, ROWS)
-    sums = gl.zeros((BLOCK_H, BLOCK_K), gl.float32, SCORES)  # added up at the end: fewer barriers
+    HALVES: gl.constexpr = gl.max(by_group(nothing), 2).type.layout
+    sums = gl.zeros((BLOCK_H, 2), gl.float32, HALVES)  # of each warp group, added up at the end
     keys = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, SCORES))
-    tiles = gl.cdiv(end - begin, BLOCK_K)
-    for tile in range(tiles):
-        stage = tile % 2
-        at = begin + tile * BLOCK_K + keys
-        # What is loaded arrives while the tile is waited for.
-        chosen = gl.where(at < end, 0, -1) if PAGED else gl.load(row + at, mask=at < end, other=-1)
-        c_tile = c_tiles.index(stage)
+    tiles = count_tiles(begin, end, BLOCK_K)
+    chosen = seen_of(row, begin + keys, end, PAGED)
+    mbarrier.wait(ready.index(0), 0)
+    fence_async_shared()
+    token = warpgroup_mma(q_c, c_tiles.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    token = warpgroup_mma(q_pe, pe_tiles.index(0).permute((1, 0)), token, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[token])
+    for tile in range(1, tiles):
+        # The tile before is weighed, then the tensor cores go on with this one's scores.
+        stage, last = tile % 2, (tile + 1) % 2
+        acc, row_max, sums = weigh(scores, chosen, factor, acc, row_max, sums, weights_tile, maxima)
+        total = warpgroup_mma(weights_tile, c_tiles.index(last), acc, is_async=True)
+        chosen = seen_of(row, begin + tile * BLOCK_K + keys, end, PAGED)
         mbarrier.wait(ready.index(stage), (tile // 2) & 1)
         fence_async_shared()
-        token = warpgroup_mma(q_c, c_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        token = warpgroup_mma(
+            q_c, c_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
         token = warpgroup_mma(q_pe, pe_tiles.index(stage).permute((1, 0)), token, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[token])
-        scores = gl.where((chosen >= 0)[None, :], scores * factor[:, None], float("-inf"))
-        new_max = gl.maximum(row_max, gl.max(scores, 1))
-        base = gl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = gl.exp2(scores - base[:, None])
-        shrink = gl.exp2(row_max - base)
-        sums = sums * shrink[:, None] + weights
-        row_max = new_max
-        weights_tile.store(weights.to(q_c.dtype))
-        fence_async_shared()
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUT))[:, None]
-        gl.thread_barrier()  # both halves of the weights are there
-        token = warpgroup_mma(weights_tile, c_tile, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[token])
+        acc = warpgroup_mma_wait(2, deps=[total])  # the two just issued may still run
         # A wait is one warp group's own: the other may still be reading weights and tile.
         gl.thread_barrier()
-        mbarrier.arrive(free.index(stage))
-    row_sum = gl.sum(sums, 1)
+        mbarrier.arrive(free.index(last))
+        scores = warpgroup_mma_wait(0, deps=[token])
+    acc, row_max, sums = weigh(scores, chosen, factor, acc, row_max, sums, weights_tile, maxima)
+    token = warpgroup_mma(weights_tile, c_tiles.index((tiles - 1) % 2), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[token])
+    row_sum = gl.convert_layout(gl.sum(sums, 1), ROWS)
     empty = row_sum == 0.0
     row_sum = gl.where(empty, 1.0, row_sum)
     acc = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUT))[:, None]
@@ -210,6 +249,7 @@ def _prefill(
     c_tiles = gl.allocate_shared_memory(kind, [2, BLOCK_K, C], C_SHARED)
     pe_tiles = gl.allocate_shared_memory(kind, [2, BLOCK_K, R], PE_SHARED)
     weights_tile = gl.allocate_shared_memory(kind, [BLOCK_H, BLOCK_K], W_SHARED)
+    maxima = gl.allocate_shared_memory(gl.float32, [2, BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(2):
@@ -233,8 +273,8 @@ def _prefill(
             (
                 consume,
                 (
-                    row, 0, K, q_c, q_pe, c_tiles, pe_tiles, weights_tile, ready, free, factor, out, out,
-                    t * H, H, head_block, C, BLOCK_H, BLOCK_K, False, False,
+                    row, 0, K, q_c, q_pe, c_tiles, pe_tiles, weights_tile, maxima, ready, free, factor,
+                    out, out, t * H, H, head_block, C, BLOCK_H, BLOCK_K, False, False,
                 ),
             ),
             (produce, (latents, row, 0, K, c_tiles, pe_tiles, ready, free, C, R, BLOCK_K, False)),

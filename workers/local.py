@@ -1,6 +1,7 @@
 """A whole model in this process: from a checkpoint directory to something that can be stepped."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +25,16 @@ class ModelOptions:
     attention: AttentionMode = "sparse"
     kernels: Backend = "reference"
     device: Literal["cpu", "cuda"] = "cpu"
+    third_party: tuple[Literal["deep_gemm", "flash_mla"], ...] = ()
 
     def __post_init__(self) -> None:
         if self.kernels == "triton":
             for field, needed in (("device", "cuda"), ("dtype", "bfloat16"), ("pages", "fp8")):
                 found = getattr(self, field)
                 require(found == needed, "kernels", f"'triton' goes with {field} {needed}, not {found}")
+        require(
+            not self.third_party or self.kernels == "triton", "third_party", "goes with kernels triton only"
+        )
 
 
 class LocalModel:
@@ -101,4 +106,5 @@ def build_decoder(
     from model.fused.layer import FusedLayer
 
     experts = experts or FusedExperts(config, weights, groups, backend)
-    return Decoder(config, weights, experts, mode=mode, backend=backend, layer_class=FusedLayer)
+    layer_class = partial(FusedLayer, third_party=options.third_party)
+    return Decoder(config, weights, experts, mode=mode, backend=backend, layer_class=layer_class)

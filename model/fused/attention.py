@@ -5,7 +5,7 @@ all together; a sequence with more of them (a chunk of a prompt) goes by itself.
 residual, at most fourteen launches:
 
     norm + quantise | project | head weights | q norm, latent and index key into pages | project |
-    index queries, RoPE | absorb | index logits | select | attend | leave latent space | quantise | project |
+    index queries, RoPE | absorb | index logits | select | attend | leave latent space + quantise | project |
     residual + norm + quantise (the next part's first)
 
 Shapes: T rows, H heads, N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank.
@@ -22,74 +22,38 @@ from kernels.backend import Backend, require
 from kernels.bf16_gemm import bf16_gemm, per_head_gemm
 from kernels.dense_mla_decode import dense_mla_decode
 from kernels.expanded_mha import expanded_mha
-from kernels.fp8_gemm import fp8_gemm
 from kernels.gather_latents import gather_latents
 from kernels.index_pages import read_index_keys_fp8
-from kernels.paged_index_logits import paged_index_logits
+from kernels.latent_outputs import latent_outputs
 from kernels.quantize_rows import quantize_rows
 from kernels.query_inputs import query_inputs
-from kernels.ragged_index_logits import ragged_index_logits
 from kernels.select_slots import select_slots
-from kernels.sparse_mla_decode import sparse_mla_decode
-from kernels.sparse_mla_prefill import sparse_mla_prefill
 from model.attention import LATENT_NORM_EPS, AttentionMode, expanded_limit
 from model.checkpoint import Weights
 from model.config import ModelConfig
 from model.fused.feed_forward import Quantized
+from model.fused.operations import Operations
+from model.fused.rows import MAX_DECODE_ROWS, DecodeRows, decode_rows
 from model.fused.weights import Fp8Matrix, padded
 from model.inputs import PAGE_SIZE, ForwardInputs
 from model.pages import LayerPages
 
-MAX_DECODE_ROWS = 4  # a sequence's last token and three drafts
 _TILE_SCORES = 1 << 28  # [rows, keys] fp32 scores of a prompt alive at once: 1 GiB
-
-
-@dataclass(frozen=True)
-class DecodeRows:
-    """Rows that go through the paged kernels together: n of each of S sequences, T = S * n.
-
-    Attributes:
-        rows: which of the batch's.
-        page_table: [S, max_pages]; visible: [T].
-        rows_per_sequence: n.
-        max_visible: the longest context among them, known to the host.
-    """
-
-    rows: slice | Tensor
-    page_table: Tensor
-    visible: Tensor
-    rows_per_sequence: int
-    max_visible: int
-
-
-def decode_rows(inputs: ForwardInputs) -> DecodeRows | None:
-    """Those of sequences with at most `MAX_DECODE_ROWS`, or None where there are none."""
-    chosen = [i for i, segment in enumerate(inputs.segments) if segment.num_rows <= MAX_DECODE_ROWS]
-    if not chosen:
-        return None
-    segments = [inputs.segments[i] for i in chosen]
-    longest = max(segment.kv_len for segment in segments)
-    counts = {segment.num_rows for segment in segments}
-    neighbours = chosen[-1] - chosen[0] + 1 == len(chosen)
-    if len(counts) == 1 and neighbours:
-        rows = slice(segments[0].start, segments[-1].stop)
-        table = inputs.page_table[chosen[0] : chosen[-1] + 1]
-        return DecodeRows(rows, table, inputs.visible[rows], counts.pop(), longest)
-    device = inputs.slots.device
-    places = [row for segment in segments for row in range(segment.start, segment.stop)]
-    owners = [i for i, segment in zip(chosen, segments, strict=True) for _ in range(segment.num_rows)]
-    rows_T = torch.tensor(places, device=device)
-    table = inputs.page_table[torch.tensor(owners, device=device)]
-    return DecodeRows(rows_T, table, inputs.visible[rows_T], 1, longest)
 
 
 class FusedAttention:
     """One layer's attention, for FP8 checkpoints and FP8 pages."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, prefix: str, mode: AttentionMode, backend: Backend
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        prefix: str,
+        mode: AttentionMode,
+        backend: Backend,
+        ops: Operations,
     ) -> None:
-        self._config, self._mode, self._backend = config, mode, backend
+        self._config, self._mode, self._backend, self._ops = config, mode, backend, ops
         self._expanded_limit = expanded_limit(config)
         self._from_hidden = Fp8Matrix.take(
             weights,
@@ -141,7 +105,7 @@ class FusedAttention:
         """
         require(pages.page_format == "fp8", "attention", "'triton' reads and writes pages of format fp8")
         config, backend = self._config, self._backend
-        projected = fp8_gemm(*x, self._from_hidden.values, self._from_hidden.scales, backend=backend)
+        projected = self._ops.fp8_gemm(*x, self._from_hidden.values, self._from_hidden.scales)
         head_weights = bf16_gemm(normed, self._weights_proj, backend=backend)
         q_latent = attention_inputs(
             projected,
@@ -154,11 +118,13 @@ class FusedAttention:
             LATENT_NORM_EPS,
             backend=backend,
         )
-        projected = fp8_gemm(
-            *q_latent, self._from_q_latent.values, self._from_q_latent.scales, backend=backend
+        projected = self._ops.fp8_gemm(
+            *q_latent,
+            self._from_q_latent.values,
+            self._from_q_latent.scales,
         )
         q = projected[:, : self._num_q].unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
-        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_pe = q[..., config.qk_nope_head_dim :]
         index_q = projected[:, self._index_start :][:, : config.index_n_heads * config.index_head_dim]
         absorbed = q.new_empty(len(normed), config.num_attention_heads, config.latent_dim)
         index_q, index_weights = query_inputs(
@@ -169,17 +135,15 @@ class FusedAttention:
             *angles,
             backend=backend,
         )
-        per_head_gemm(q_nope, self._w_uk, out=absorbed[..., : config.kv_lora_rank], backend=backend)
         queries = _Queries(q, absorbed, index_q, index_weights)
-        heads = self._attend(queries, inputs, pages, selected)
-        values = quantize_rows(heads.flatten(1), backend=backend)
-        return fp8_gemm(*values, self._o_proj.values, self._o_proj.scales, backend=backend)
+        values = self._attend(queries, inputs, pages, selected)
+        return self._ops.fp8_gemm(*values, self._o_proj.values, self._o_proj.scales)
 
     def _attend(
         self, queries: "_Queries", inputs: ForwardInputs, pages: LayerPages, selected: list[Tensor] | None
-    ) -> Tensor:
-        """[T, H, V]: decode rows together, every longer run of rows by itself."""
-        config = self._config
+    ) -> Quantized:
+        """[T, H * V], quantised: decode rows together, every longer run of rows by itself."""
+        config, backend = self._config, self._backend
         prompts = [i for i, segment in enumerate(inputs.segments) if segment.num_rows > MAX_DECODE_ROWS]
         decoding = decode_rows(inputs)
         positions = queries.absorbed.new_empty(0)
@@ -189,31 +153,36 @@ class FusedAttention:
             )
             selected.append(positions)
         if decoding is not None and not prompts:
-            return self._decode(queries.of(decoding.rows), decoding, pages, positions)
-        heads = torch.empty(
-            inputs.num_rows,
-            config.num_attention_heads,
-            config.v_head_dim,
-            dtype=queries.absorbed.dtype,
-            device=queries.absorbed.device,
-        )
+            attended = self._decode(queries.of(decoding.rows), decoding, pages, positions)
+            return latent_outputs(attended, self._w_uv, backend=backend)
+        shape = inputs.num_rows, config.num_attention_heads, config.v_head_dim
+        heads = torch.empty(shape, dtype=queries.q.dtype, device=queries.q.device)
         if decoding is not None:
-            heads[decoding.rows] = self._decode(queries.of(decoding.rows), decoding, pages, positions)
+            attended = self._decode(queries.of(decoding.rows), decoding, pages, positions)
+            heads[decoding.rows] = per_head_gemm(attended, self._w_uv, backend=backend)
         for sequence in prompts:
             segment = inputs.segments[sequence]
             rows = slice(segment.start, segment.stop)
             heads[rows] = self._prefill(queries.of(rows), inputs, sequence, pages, positions)
-        return heads
+        return quantize_rows(heads.flatten(1), backend=backend)
+
+    def _absorb(self, queries: "_Queries") -> Tensor:
+        """[T, H, C + R]: with q_nope brought to latent space, in front of the rotated q_pe."""
+        q_nope = queries.q[..., : self._config.qk_nope_head_dim]
+        q_c = queries.absorbed[..., : self._config.kv_lora_rank]
+        per_head_gemm(q_nope, self._w_uk, out=q_c, backend=self._backend)
+        return queries.absorbed
 
     def _decode(self, queries: "_Queries", group: DecodeRows, pages: LayerPages, positions: Tensor) -> Tensor:
-        """[T, H, V] of the rows of a group."""
+        """[T, H, C] of the rows of a group."""
         config, backend = self._config, self._backend
         rows, longest = group.rows_per_sequence, group.max_visible
+        absorbed = self._absorb(queries)
         if self._mode == "dense" or group.max_visible <= config.index_topk:
             if positions.numel():
                 positions[group.rows] = _everything(group.visible, config.index_topk)
-            attended = dense_mla_decode(
-                queries.absorbed,
+            return dense_mla_decode(
+                absorbed,
                 pages.latents,
                 group.page_table,
                 group.visible,
@@ -223,8 +192,7 @@ class FusedAttention:
                 kv_lora_rank=config.kv_lora_rank,
                 backend=backend,
             )
-            return per_head_gemm(attended, self._w_uv, backend=backend)
-        logits = paged_index_logits(
+        logits = self._ops.paged_index_logits(
             queries.index_q,
             pages.index_keys,
             queries.index_weights,
@@ -232,7 +200,6 @@ class FusedAttention:
             group.visible,
             rows_per_sequence=rows,
             max_visible=longest,
-            backend=backend,
         )
         select = partial(
             select_slots,
@@ -246,15 +213,13 @@ class FusedAttention:
         slots = select(page_table=group.page_table)
         if positions.numel():  # for looking inside: the same choice, not translated
             positions[group.rows] = select(page_table=None)
-        attended = sparse_mla_decode(
-            queries.absorbed,
+        return self._ops.sparse_mla_decode(
+            absorbed,
             pages.latents,
             slots,
             scale=config.softmax_scale,
             kv_lora_rank=config.kv_lora_rank,
-            backend=backend,
         )
-        return per_head_gemm(attended, self._w_uv, backend=backend)
 
     def _prefill(
         self,
@@ -283,13 +248,12 @@ class FusedAttention:
             positions[rows] = _everything(visible, config.index_topk) if chosen is None else chosen
         if chosen is None or segment.kv_len <= self._expanded_limit:
             return self._expanded(queries.q, queries.absorbed, latents, visible, chosen)
-        attended = sparse_mla_prefill(
-            queries.absorbed,
+        attended = self._ops.sparse_mla_prefill(
+            self._absorb(queries),
             latents,
             chosen,
             scale=config.softmax_scale,
             kv_lora_rank=config.kv_lora_rank,
-            backend=backend,
         )
         return per_head_gemm(attended, self._w_uv, backend=backend)
 
@@ -310,13 +274,12 @@ class FusedAttention:
         chosen = []
         for start in range(0, len(visible), tile):
             rows = slice(start, start + tile)
-            logits = ragged_index_logits(
+            logits = self._ops.ragged_index_logits(
                 queries.index_q[rows],
                 keys[:num_keys],
                 scales[:num_keys],
                 queries.index_weights[rows],
                 visible[rows],
-                backend=self._backend,
             )
             chosen.append(
                 select_slots(
@@ -337,8 +300,10 @@ class FusedAttention:
         """[T, H, V] over keys and values expanded from all latents [L, C + R]."""
         config, backend = self._config, self._backend
         c, k_pe = latents.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        expanded = fp8_gemm(
-            *quantize_rows(c, backend=backend), self._kv_b.values, self._kv_b.scales, backend=backend
+        expanded = self._ops.fp8_gemm(
+            *quantize_rows(c, backend=backend),
+            self._kv_b.values,
+            self._kv_b.scales,
         ).unflatten(-1, (config.num_attention_heads, -1))
         k_nope, v = expanded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         q_nope, q_pe = q[..., : config.qk_nope_head_dim], absorbed[..., config.kv_lora_rank :]
@@ -349,8 +314,8 @@ class FusedAttention:
 
 @dataclass(frozen=True)
 class _Queries:
-    """What T rows ask with: `q` [T, H, N + R] before RoPE, `absorbed` [T, H, C + R] after it, index queries
-    [T, H_i, D] e4m3 and their head weights [T, H_i] float32."""
+    """What T rows ask with: `q` [T, H, N + R] before RoPE; `absorbed` [T, H, C + R] with RoPE in its last R
+    channels and room for the rest; index queries [T, H_i, D] e4m3 and their head weights [T, H_i] float32."""
 
     q: Tensor
     absorbed: Tensor

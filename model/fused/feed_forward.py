@@ -11,13 +11,13 @@ from torch import Tensor
 
 from kernels.backend import Backend, require
 from kernels.bf16_gemm import bf16_gemm
-from kernels.dispatch_plan import RoutedRows, dispatch_plan, new_ticket
+from kernels.dispatch_plan import RoutedRows, dispatch_plan
 from kernels.expert_sum import expert_sum
-from kernels.fp8_gemm import fp8_gemm
 from kernels.grouped_fp8_gemm import grouped_fp8_gemm
 from kernels.swiglu_quantize import swiglu_quantize
 from model.checkpoint import Weights
 from model.config import ModelConfig
+from model.fused.operations import Operations
 from model.fused.weights import Fp8Matrix
 from model.moe import DispatchPlan, Done, Experts, PendingSum, WithShared, experts_of
 
@@ -28,16 +28,16 @@ Quantized = tuple[Tensor, Tensor]
 class FusedFeedForward:
     """SwiGLU: W_down(silu(W_gate x) * (W_up x)), in three launches."""
 
-    def __init__(self, weights: Weights, prefix: str, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, weights: Weights, prefix: str, backend: Backend, ops: Operations) -> None:
+        self._backend, self._ops = backend, ops
         self._gate_up = Fp8Matrix.take(weights, f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight")
         self._down = Fp8Matrix.take(weights, f"{prefix}.down_proj.weight")
 
     def forward(self, x: Quantized) -> Tensor:
         """[T, D] to [T, D] bf16."""
-        gate_up = fp8_gemm(*x, self._gate_up.values, self._gate_up.scales, backend=self._backend)
+        gate_up = self._ops.fp8_gemm(*x, self._gate_up.values, self._gate_up.scales)
         inner = swiglu_quantize(gate_up, backend=self._backend)
-        return fp8_gemm(*inner, self._down.values, self._down.scales, backend=self._backend)
+        return self._ops.fp8_gemm(*inner, self._down.values, self._down.scales)
 
 
 class FusedExperts:
@@ -107,7 +107,13 @@ class FusedMoE:
     """Gate, shared expert, and the routed experts: here (`FusedExperts`), or wherever `experts` has them."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, layer: int, experts: Experts, backend: Backend
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        layer: int,
+        experts: Experts,
+        backend: Backend,
+        ops: Operations,
     ) -> None:
         prefix = f"model.layers.{layer}.mlp"
         self._config, self._layer, self._experts, self._backend = config, layer, experts, backend
@@ -119,8 +125,7 @@ class FusedMoE:
             "its weight is stored in more than bf16: use 'reference'",
         )
         self._bias = weights.take(f"{prefix}.gate.e_score_correction_bias")
-        self._ticket = new_ticket(gate.device)
-        self._shared = FusedFeedForward(weights, f"{prefix}.shared_experts", backend)
+        self._shared = FusedFeedForward(weights, f"{prefix}.shared_experts", backend, ops)
 
     def submit(self, x: Quantized, normed: Tensor, routed: list[Tensor] | None = None) -> PendingSum:
         """[T, D] to [T, D] bf16.
@@ -150,6 +155,5 @@ class FusedMoE:
             scale=config.routed_scaling_factor,
             first_expert=held.first if held else 0,
             num_experts=held.num_held if held else config.n_routed_experts,
-            ticket=self._ticket,
             backend=self._backend,
         )

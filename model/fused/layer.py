@@ -6,6 +6,8 @@ Weights stay e4m3 with their block scales; activations are quantised 1 x 128 bef
 official kernels do, so numbers differ from the reference path's by that rounding. Shapes: T rows, D width.
 """
 
+from collections.abc import Collection
+
 from torch import Tensor
 
 from kernels.backend import Backend
@@ -16,6 +18,7 @@ from model.config import ModelConfig
 from model.decoder import Trace
 from model.fused.attention import FusedAttention
 from model.fused.feed_forward import FusedFeedForward, FusedMoE, Quantized
+from model.fused.operations import ThirdParty, operations
 from model.inputs import ForwardInputs
 from model.moe import Done, Experts, PendingSum
 from model.pages import LayerPages
@@ -32,16 +35,18 @@ class FusedLayer:
         experts: Experts,
         mode: AttentionMode,
         backend: Backend,
+        third_party: Collection[ThirdParty] = (),
     ) -> None:
+        ops = operations(backend, third_party)
         prefix = f"model.layers.{layer}"
         self._eps, self._backend = config.rms_norm_eps, backend
         self._input_norm = weights.take(f"{prefix}.input_layernorm.weight")
         self._post_norm = weights.take(f"{prefix}.post_attention_layernorm.weight")
-        self.attention = FusedAttention(config, weights, f"{prefix}.self_attn", mode, backend)
+        self.attention = FusedAttention(config, weights, f"{prefix}.self_attn", mode, backend, ops)
         self._feed_forward = (
-            FusedFeedForward(weights, f"{prefix}.mlp", backend)
+            FusedFeedForward(weights, f"{prefix}.mlp", backend, ops)
             if config.is_dense(layer)
-            else FusedMoE(config, weights, layer, experts, backend)
+            else FusedMoE(config, weights, layer, experts, backend, ops)
         )
 
     def forward(

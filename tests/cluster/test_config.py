@@ -59,6 +59,10 @@ def test_paths_start_from_the_file(tmp_path: Path) -> None:
         ("decode: {engines: 0}\nprefill: {}", "decode.engines: is 0"),
         ("experts: {spread: wide}", "experts.spread: is 'wide'"),
         ("model: {deterministic: true, attention: dense}", "sparse only"),
+        ("model: {kernels: triton}", "'triton' goes with device cuda, not cpu"),
+        ("model: {kernels: triton, device: cuda, dtype: bfloat16}", "goes with pages fp8, not full"),
+        ("model: {kernels: triton, deterministic: true}", "goes with kernels: reference only"),
+        ("model: {third_party: [deep_gemm]}", "third_party: goes with kernels triton only"),
         ("engine: {chunk: 1, chunk: 2}", "'chunk' stands twice in line 1"),
         ("a: &x [1]\nb: *x", "aliases are not used here in line 2"),
         ("a: !!python/object/apply:os.system [ls]", "is not YAML that can be used"),
@@ -85,6 +89,12 @@ def test_the_description_of_make_serve_is_a_cluster_of_eight_expert_actors() -> 
     assert config.is_disaggregated
     assert (config.experts.placement, config.experts.nodes) == ("pool", 8)
     assert config.engine.config() == EngineConfig(num_drafts=3, adapt=True)
+
+
+def test_kernels_and_libraries_for_a_gpu(tmp_path: Path) -> None:
+    gpu = "device: cuda, dtype: bfloat16, pages: fp8"
+    options = load(tmp_path, f"model: {{kernels: triton, {gpu}, third_party: [flash_mla]}}").model.options()
+    assert (options.kernels, options.device, options.third_party) == ("triton", "cuda", ("flash_mla",))
 
 
 def test_deterministic_arithmetic_is_one_word(tmp_path: Path) -> None:

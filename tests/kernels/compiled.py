@@ -12,6 +12,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime import JITFunction
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -42,7 +43,7 @@ def compile_for_hopper(
     aligned: tuple[str, ...] = (),
     **options: Any,
 ) -> Compiled:
-    """Compile for sm_90a.
+    """Compile for sm_90a, what is written in Triton's language or in Gluon.
 
     Args:
         arguments: types of the run-time arguments, as in "*bf16", "*fp8e4nv", "fp32", "i32"; pointers count
@@ -58,10 +59,12 @@ def compile_for_hopper(
         if kind.startswith("*") or name in aligned
     }
     signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constexprs, attributes)
+    source_of = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_of(kernel, signature, constexprs, attributes)
     binary = triton.compile(
         source, target=HOPPER, options={"num_warps": num_warps, "num_stages": num_stages, **options}
     )
+    assert binary.metadata.shared <= 227 << 10, "more than a multiprocessor has"
     ptx = binary.asm["ptx"]
     registers, spilled = _resources(binary.asm["cubin"])
     return Compiled(

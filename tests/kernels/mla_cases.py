@@ -1,20 +1,9 @@
 """Random cases for the attention kernels over latents, and attention done slowly in float64."""
 
-from collections.abc import Callable, Mapping
-from types import ModuleType
-from typing import Any
-
-import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-# Imported here, because Gluon wraps the functions of tl as it finds them: none may be replaced by then.
-from triton.experimental.gluon._runtime import GluonASTSource
-
 from kernels.latent_pages import pack_latents_reference, unpack_latents_reference
-from tests.kernels.compiled import HOPPER, _resources
 
 RANK, ROPE = 128, 32  # the demo's
 
@@ -43,30 +32,3 @@ def attend_exactly(q: Tensor, latents: Tensor, chosen: Tensor, scale: float, ran
         return torch.zeros(q.shape[0], rank, dtype=torch.float64, device=q.device)
     keys = latents[chosen.long()]
     return (q.double() @ keys.t() * scale).softmax(-1) @ keys[:, :rank]
-
-
-def interpret(
-    interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch, *modules: ModuleType
-) -> None:
-    """With Triton's own functions; what its interpreter leaves behind in `tl.core` is put back."""
-    interpreted(tl, tl.standard, *modules)
-    for name, member in list(vars(tl.core).items()):
-        if tl.core.is_builtin(member):
-            monkeypatch.setattr(tl.core, name, member)
-
-
-def compile_gluon(
-    kernel: Any, arguments: Mapping[str, str], constants: Mapping[str, Any], aligned: tuple[str, ...]
-) -> tuple[int, str]:
-    """Bytes of stack (where spilled registers go) and PTX of a Gluon kernel for sm_90a, with 8 warps."""
-    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    attributes = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in arguments.items()
-        if kind.startswith("*") or name in aligned
-    }
-    signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
-    source = GluonASTSource(kernel, signature, constexprs, attributes)
-    binary = triton.compile(source, target=HOPPER, options={"num_warps": 8})
-    assert binary.metadata.shared <= 227 * 1024
-    return _resources(binary.asm["cubin"])[1], binary.asm["ptx"]

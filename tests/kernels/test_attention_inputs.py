@@ -17,10 +17,8 @@ from kernels.backend import UnsupportedKernel
 from kernels.index_pages import read_index_keys_fp8
 from kernels.latent_pages import read_latents_fp8, record_bytes
 from tests.kernels.compiled import compile_for_hopper
-from tests.kernels.exact_interpreter import exact_interpreter  # noqa: F401
-from tests.kernels.fused import GPU, assert_alike, interpret
+from tests.kernels.fused import GPU, assert_alike
 
-pytestmark = pytest.mark.usefixtures("exact_interpreter")
 DEMO = ProjectedColumns(q_lora_rank=128, kv_lora_rank=128, rope_dim=32, index_dim=64)
 FULL_SIZE = ProjectedColumns(q_lora_rank=1536, kv_lora_rank=512, rope_dim=64, index_dim=128)
 EPS = 1e-6
@@ -92,14 +90,14 @@ def check(
 def test_interpreted_equals_reference(
     full: bool, num_rows: int, generator: torch.Generator, interpreted: Callable[..., None]
 ) -> None:
-    interpret(interpreted, kernels.attention_inputs)
+    interpreted(kernels.attention_inputs)
     check(DEMO, num_rows, full, generator, CPU, torch.int32 if full else torch.int64)
 
 
 def test_interpreted_at_full_size_and_for_many_rows(
     generator: torch.Generator, interpreted: Callable[..., None]
 ) -> None:
-    interpret(interpreted, kernels.attention_inputs)
+    interpreted(kernels.attention_inputs)
     check(FULL_SIZE, 3, False, generator, CPU)
     check(DEMO, 258, False, generator, CPU)
 
@@ -114,7 +112,7 @@ def test_refusals(generator: torch.Generator) -> None:
         (DEMO, pages[0][:, :, 4:], pages[1], projected, "do not fit"),
         (DEMO, pages[0], full[1], projected, "do not fit|differ"),
         (DEMO, *pages, projected.float(), "not bf16"),
-        (wide, *empty_pages(wide, False, 1, CPU), projected, "tiles of 16|must be"),
+        (wide, *empty_pages(wide, False, 1, CPU), projected, "powers of two|must be"),
     ):
         with pytest.raises(UnsupportedKernel, match=rule):
             attention_inputs(x, columns, norms, angles, angles, slots, latents, keys, EPS, backend="triton")
@@ -154,7 +152,6 @@ def test_compiled_spills_nothing(num_rows: int, full: bool) -> None:
         aligned=("projected_stride",),
     )
     assert compiled.spilled == 0
-    assert full or compiled.mma_sync > 0, "Hadamard by the matrix instruction"
 
 
 @pytest.mark.gpu

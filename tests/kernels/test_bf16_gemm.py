@@ -10,7 +10,6 @@ from kernels.backend import UnsupportedKernel
 from kernels.bf16_gemm import _Config, _config_for, _launch, bf16_gemm, per_head_gemm
 from kernels.split_sum import split_counters
 from tests.kernels.compiled import compile_for_hopper
-from tests.kernels.interpreting import interpret_all
 
 CONFIG = _Config(64, 16, 32, 1, warps=4, stages=2)
 FULL_SIZE = [(1, 256, 7168), (1, 64, 7168), (128, 512, 128), (128, 128, 512)]  # H, N, K
@@ -19,8 +18,8 @@ ROWS = [1, 16, 32, 64, 128, 256, 4096]
 
 
 @pytest.fixture
-def on_cpu(interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    interpret_all(interpreted, monkeypatch, kernels.bf16_gemm, kernels.split_sum)
+def on_cpu(interpreted: Callable[..., None]) -> None:
+    interpreted(kernels.bf16_gemm, kernels.split_sum)
 
 
 def operands(num_rows: int, shape: tuple[int, int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from kernels.backend import UnsupportedKernel
 from kernels.dense_mla_decode import dense_mla_decode
 from kernels.latent_tiles import TileConfig
 from tests.kernels.compiled import compile_for_hopper
-from tests.kernels.mla_cases import RANK, ROPE, attend_exactly, interpret, latent_pages, widened
+from tests.kernels.mla_cases import RANK, ROPE, attend_exactly, latent_pages, widened
 
 SCALE = 0.09
 SMALL = TileConfig(16, 32, 4, 1)
@@ -34,10 +34,9 @@ def test_kernel_interpreted(
     n: int,
     splits: int,
     interpreted: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
     generator: torch.Generator,
 ) -> None:
-    interpret(interpreted, monkeypatch, tiles, module)
+    interpreted(tiles, module)
     pages = latent_pages(7, fp8, generator)
     q = torch.randn(3 * n, 6, RANK + ROPE, generator=generator)
     table = torch.tensor([[5, 2, 1], [6, 0, 0], [0, 4, 3]])

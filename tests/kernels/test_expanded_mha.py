@@ -9,7 +9,6 @@ from kernels.backend import UnsupportedKernel
 from kernels.expanded_mha import expanded_mha
 from kernels.latent_tiles import TileConfig
 from tests.kernels.compiled import compile_for_hopper
-from tests.kernels.mla_cases import interpret
 
 SCALE = 0.12
 
@@ -51,10 +50,9 @@ def test_kernel_interpreted(
     masked: bool,
     width: int,
     interpreted: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
     generator: torch.Generator,
 ) -> None:
-    interpret(interpreted, monkeypatch, module)
+    interpreted(module)
     q, k, v, visible = random_case(num_rows, num_keys, 2, width, 32, generator)
     if num_rows > 10:
         visible[:2] = 0
@@ -81,8 +79,11 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiled_for_hopper(masked: bool) -> None:
-    config = module._config_for(masked=masked)
-    kinds = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "visible": "*i32", "mask": "*i32", "out": "*bf16"}
+    config = module._config_for()
+    kinds = {"q": "*bf16", "visible": "*i32", "mask": "*i32", "out": "*bf16"}
+    n = config.block_keys
+    kinds |= {"k_low": f"tensordesc<bf16[{n}, 128]>", "k_high": f"tensordesc<bf16[{n}, 64]>"}
+    kinds |= {"v": f"tensordesc<bf16[{n}, 128]>"}
     made = compile_for_hopper(
         module._attend,
         kinds | {"scale": "fp32"} | dict.fromkeys(("T", "H", "L", "W", "visible_stride"), "i32"),
@@ -97,7 +98,7 @@ def test_compiled_for_hopper(masked: bool) -> None:
     assert made.spilled == 0
     assert made.shared <= 227 * 1024
     assert made.wgmma > 0
-    assert made.cp_async > 0
+    assert made.tma > 0
 
 
 @pytest.mark.gpu

@@ -14,7 +14,6 @@ from kernels.fp8_gemm import _config_for, _Decode, _launch, fp8_gemm
 from kernels.fp8_gemm_prefill import Prefill
 from kernels.split_sum import split_counters
 from tests.kernels.compiled import Compiled, compile_for_hopper
-from tests.kernels.interpreting import interpret_all
 
 # N x K of V3.2's matrices, and of the demo's
 FULL_SIZE = [
@@ -58,8 +57,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.fixture
-def on_cpu(interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    interpret_all(interpreted, monkeypatch, *MODULES)
+def on_cpu(interpreted: Callable[..., None]) -> None:
+    interpreted(*MODULES)
 
 
 @pytest.mark.parametrize(("num_rows", "num_outputs"), [(1, 64), (5, 192), (16, 130)])

@@ -12,7 +12,6 @@ from kernels.backend import UnsupportedKernel
 from kernels.grouped_fp8_gemm import _config_for, _Decode, _launch, grouped_fp8_gemm
 from kernels.grouped_fp8_prefill import Prefill
 from tests.kernels.compiled import Compiled, compile_for_hopper
-from tests.kernels.interpreting import interpret_all
 
 FULL_SIZE = [(4096, 7168), (7168, 2048)]
 EXPECTED_ROWS = [1, 4, 8, 16, 32, 64, 96, 128, 129, 256, 8192]
@@ -56,8 +55,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.fixture
-def on_cpu(interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    interpret_all(interpreted, monkeypatch, *MODULES)
+def on_cpu(interpreted: Callable[..., None]) -> None:
+    interpreted(*MODULES)
 
 
 @pytest.mark.parametrize("gather", [False, True])

@@ -10,10 +10,8 @@ from kernels.backend import UnsupportedKernel
 from kernels.fp8_quant import dequantize_reference
 from kernels.norm_quantize import NormedRows, _add_rms_norm_quantize, _config_for, add_rms_norm_quantize
 from tests.kernels.compiled import compile_for_hopper
-from tests.kernels.exact_interpreter import exact_interpreter  # noqa: F401
-from tests.kernels.fused import GPU, assert_alike, interpret
+from tests.kernels.fused import GPU, assert_alike
 
-pytestmark = pytest.mark.usefixtures("exact_interpreter")
 EPS = 1e-6
 
 
@@ -56,7 +54,7 @@ def test_interpreted_equals_reference(
     generator: torch.Generator,
     interpreted: Callable[..., None],
 ) -> None:
-    interpret(interpreted, kernels.norm_quantize)
+    interpreted(kernels.norm_quantize)
     options = {"residual": residual, "quantize": quantize, "keep_normed": keep_normed}
     check(num_rows, 384, generator, torch.device("cpu"), 5e-3, **options)
 
@@ -64,7 +62,7 @@ def test_interpreted_equals_reference(
 def test_interpreted_adds_float32_and_takes_several_rows(
     generator: torch.Generator, interpreted: Callable[..., None]
 ) -> None:
-    interpret(interpreted, kernels.norm_quantize)
+    interpreted(kernels.norm_quantize)
     check(2, 256, generator, torch.device("cpu"), 5e-3, residual=True, keep_normed=True, dtype=torch.float32)
     check(265, 128, generator, torch.device("cpu"), 5e-3, residual=True, keep_normed=True)
 

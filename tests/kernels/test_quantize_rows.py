@@ -9,10 +9,7 @@ from kernels.backend import Backend, UnsupportedKernel
 from kernels.fp8_quant import dequantize_reference
 from kernels.quantize_rows import _Config, _config_for, _quantize_rows, quantize_rows
 from tests.kernels.compiled import compile_for_hopper
-from tests.kernels.exact_interpreter import exact_interpreter  # noqa: F401
-from tests.kernels.fused import GPU, assert_alike, interpret
-
-pytestmark = pytest.mark.usefixtures("exact_interpreter")
+from tests.kernels.fused import GPU, assert_alike
 
 
 def rows_of(num_rows: int, width: int, generator: torch.Generator) -> Tensor:
@@ -38,14 +35,14 @@ def check(x: Tensor, backend: Backend) -> None:
 def test_interpreted_equals_reference(
     num_rows: int, dtype: torch.dtype, generator: torch.Generator, interpreted: Callable[..., None]
 ) -> None:
-    interpret(interpreted, kernels.quantize_rows)
+    interpreted(kernels.quantize_rows)
     check(rows_of(num_rows, 384, generator).to(dtype), "triton")
 
 
 def test_interpreted_reads_strided_rows_and_writes_every_config(
     generator: torch.Generator, interpreted: Callable[..., None]
 ) -> None:
-    interpret(interpreted, kernels.quantize_rows)
+    interpreted(kernels.quantize_rows)
     x = rows_of(6, 512, generator).bfloat16()[:, :256]
     expected, expected_scales = quantize_rows(x, backend="reference")
     for config in (_Config(1, 1, 4), _Config(4, 4, 4), _Config(8, 2, 4)):

@@ -10,7 +10,6 @@ from kernels.backend import UnsupportedKernel
 from kernels.fp8_quant import FP8
 from kernels.ragged_index_logits import Config, config_for, launch, ragged_index_logits
 from tests.kernels.compiled import Compiled, compile_for_hopper
-from tests.kernels.interpreting import interpret_all
 
 
 def inputs(num_queries: int, num_keys: int, num_heads: int, dim: int, device: str = "cpu") -> list[Tensor]:
@@ -57,19 +56,16 @@ def test_kernel(
     num_keys: int,
     descriptors: bool,
     interpreted: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    interpret_all(interpreted, monkeypatch, module)
+    interpreted(module)
     arguments = inputs(num_queries, num_keys, 8, 32)
     config = Config(4, 64, 4, 2, descriptors)
     assert_close_where_visible(launch(*arguments, config=config), *arguments)
 
 
-def test_rows_that_see_nothing_read_nothing(
-    interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_see_nothing_read_nothing(interpreted: Callable[..., None]) -> None:
     """Rows of padding, and tiles behind what their rows see, are not written: the poison stays."""
-    interpret_all(interpreted, monkeypatch, module)
+    interpreted(module)
     q, keys, scales, weights, _ = inputs(4, 600, 8, 32)
     visible = torch.tensor([0, 0, 70, 3])
     scores = launch(q, keys, scales, weights, visible, config=Config(2, 64, 4, 2, descriptors=False))
@@ -78,10 +74,8 @@ def test_rows_that_see_nothing_read_nothing(
     assert_close_where_visible(scores, q, keys, scales, weights, visible)
 
 
-def test_demo_shape_through_the_launcher(
-    interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interpret_all(interpreted, monkeypatch, module)
+def test_demo_shape_through_the_launcher(interpreted: Callable[..., None]) -> None:
+    interpreted(module)
     arguments = inputs(20, 90, 8, 64)
     assert_close_where_visible(ragged_index_logits(*arguments, backend="triton"), *arguments)
 

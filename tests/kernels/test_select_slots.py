@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels.select_long
+import kernels.select_shared_rows
 import kernels.select_slots
 import kernels.select_threshold
 from kernels.backend import UnsupportedKernel
@@ -22,7 +23,6 @@ from kernels.select_slots import (
 )
 from kernels.topk import topk_reference
 from tests.kernels.compiled import Compiled, compile_for_hopper
-from tests.kernels.interpreting import interpret_all
 
 MODULES: list[ModuleType] = [kernels.select_slots, kernels.select_long, kernels.select_threshold]
 INF = math.inf
@@ -103,36 +103,30 @@ def assert_exact(kind: str, config: Config, num_scores: int, visible: list[int],
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # guesses may overflow, and only make worse guesses
 @pytest.mark.parametrize("config", [IN_PIECES, SAMPLED], ids=lambda config: f"{config.kind}{config.pieces}")
 @pytest.mark.parametrize("kind", KINDS)
-def test_kernels_are_exact(
-    kind: str, config: Config, interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interpret_all(interpreted, monkeypatch, *MODULES)
+def test_kernels_are_exact(kind: str, config: Config, interpreted: Callable[..., None]) -> None:
+    interpreted(*MODULES)
     assert_exact(kind, config, 480, [480, 471, 33], 32)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("kind", ["normal", "narrow", "few levels", "infinite", "sorted"])
-def test_shared_rows_are_exact(
-    kind: str, interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interpret_all(interpreted, monkeypatch, *MODULES)
+def test_shared_rows_are_exact(kind: str, interpreted: Callable[..., None]) -> None:
+    interpreted(*MODULES)
     assert_exact(kind, SHARED, 480, [479, 70], 32)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("config", [RESIDENT, SAMPLED, SHARED], ids=lambda config: config.kind)
-def test_lengths_around_the_limits(
-    config: Config, interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lengths_around_the_limits(config: Config, interpreted: Callable[..., None]) -> None:
     """None, one, one less than k, k, one more; as many as there are candidates, and one more."""
-    interpret_all(interpreted, monkeypatch, *MODULES)
+    interpreted(*MODULES)
     assert_exact("normal", config, 130, [0, 1, 31, 32, 33, 64, 65], 32)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_row_that_is_not_padded(interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_not_padded(interpreted: Callable[..., None]) -> None:
     """Padded rows are read four scores at a time, also behind their end; others not."""
-    interpret_all(interpreted, monkeypatch, *MODULES)
+    interpreted(*MODULES)
     wide = logits_of("normal", 2, 512, 0)
     seen = torch.tensor([497, 130])
     for logits in (wide[:, :497], wide[:, :497].contiguous()):
@@ -185,9 +179,10 @@ def test_refusals() -> None:
 @pytest.mark.parametrize("k", [1, 64, 256, 2048])
 @pytest.mark.parametrize("max_visible", [1, 2048, 32768, 131072])
 @pytest.mark.parametrize("num_rows", [1, 32, 128, 4096])
-def test_a_configuration_holds_what_it_must(num_rows: int, max_visible: int, k: int) -> None:
-    config = config_for(num_rows, max_visible, k)
-    if config.kind == "resident":
+@pytest.mark.parametrize("nvidia", [False, True])
+def test_a_configuration_holds_what_it_must(num_rows: int, max_visible: int, k: int, nvidia: bool) -> None:
+    config = config_for(num_rows, max_visible, k, nvidia=nvidia)
+    if config.kind in ("resident", "registers"):
         assert max_visible <= config.block <= 32768
     else:
         assert k <= config.candidates
@@ -196,15 +191,16 @@ def test_a_configuration_holds_what_it_must(num_rows: int, max_visible: int, k: 
 
 def compiled(config: Config, max_visible: int) -> list[Compiled]:
     """Of every kernel that the configuration launches at full size."""
-    types: dict[str, str] = dict.fromkeys(("logits", "guesses"), "*fp32") | {
+    types: dict[str, str] = dict.fromkeys(("logits", "guesses", "thresholds"), "*fp32") | {
         "visible": "*i64",
         "scratch": "*i32",
     }
-    types |= dict.fromkeys(("page_table", "out"), "*i32")
+    types |= dict.fromkeys(("page_table", "out", "marks"), "*i32")
     types |= dict.fromkeys(("num_rows", "stride", "table_stride", "k", "wanted", "share"), "i32")
     constants = {"N": 1, "K_BLOCK": 2048, "TRANSLATE": True, "PAGE": PAGE_SIZE, "VECTOR": 4}
     constants |= {
         "BLOCK": config.block,
+        "PART": config.block,
         "PIECES": config.pieces,
         "TILE": config.block,
         "SAMPLE": config.sample,
@@ -216,6 +212,12 @@ def compiled(config: Config, max_visible: int) -> list[Compiled]:
         "shared": [
             (kernels.select_long.mark_shares, config.share_warps),
             (kernels.select_long.select_from_shares, config.num_warps),
+        ],
+        "registers": [(kernels.select_shared_rows.select_in_registers, config.num_warps)],
+        "marked": [(kernels.select_shared_rows.select_by_marks, config.num_warps)],
+        "parts": [
+            (kernels.select_shared_rows.mark_parts, config.share_warps),
+            (kernels.select_shared_rows.select_from_parts, config.num_warps),
         ],
     }
     found = []
@@ -245,6 +247,46 @@ def test_compiles_for_hopper(num_rows: int, max_visible: int) -> None:
         assert kernel.spilled <= SPILLED[num_rows, max_visible]
         assert not re.search(r"(setp|min|max)\S*\.ftz", kernel.ptx)  # denormal scores are told apart
         assert "v4" in kernel.ptx  # four scores a load
+
+
+# The same of the forms in shared memory, whose searches that do not end with the first guess spill.
+SPILLED_IN_SHARED = {(1, 32768): 0, (32, 131072): 0, (128, 32768): 120, (128, 131072): 80, (4096, 65536): 232}
+STATIC_SHARED = 20496  # what the PTX sets aside; beyond 48 KB in all, a launch must ask, and Triton does not
+
+
+@pytest.mark.parametrize(("num_rows", "max_visible"), SPILLED_IN_SHARED)
+def test_nvidia_forms_compile_for_hopper(num_rows: int, max_visible: int) -> None:
+    for kernel in compiled(config_for(num_rows, max_visible, 2048, nvidia=True), max_visible):
+        assert kernel.spilled <= SPILLED_IN_SHARED[num_rows, max_visible]
+        assert not re.search(r"(setp|min|max)\S*\.ftz", kernel.ptx)  # denormal scores are told apart
+        assert "v4" in kernel.ptx or "cp.async" in kernel.ptx
+        assert f"selection[{STATIC_SHARED}]" in kernel.ptx
+        assert kernel.shared + STATIC_SHARED <= 49152 or kernel.shared > 49152
+
+
+BENCH_KINDS = ["normal", "narrow", "equal", "levels", "outlier", "sorted", "nearly all the same"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("num_rows", "num_scores"),
+    [(1, 32768), (1, 131072), (32, 32768), (32, 131072), (128, 32768), (128, 131072), (300, 65536)],
+)
+def test_bench_shapes_on_a_gpu(num_rows: int, num_scores: int) -> None:
+    for seed, kind in enumerate(BENCH_KINDS):
+        logits = logits_of(kind, min(num_rows, 32), num_scores, seed, "cuda").repeat(-(-num_rows // 32), 1)
+        logits = logits[:num_rows].contiguous()
+        visible = torch.full((num_rows,), num_scores, device="cuda")
+        page_table = torch.randperm(num_rows * (num_scores // PAGE_SIZE), device="cuda").view(num_rows, -1)
+        options: dict[str, Any] = {"rows_per_sequence": 1, "k": 2048, "max_visible": num_scores}
+        selected = select_slots(logits, visible, page_table, backend="triton", **options)
+        some = slice(0, 8)
+        wanted = select_slots_reference(logits[some], visible[some], page_table[some], **options)
+        assert torch.equal(selected[some], wanted), kind
+        if num_rows > 32:  # every row is one of the first 32
+            rows: dict[str, Any] = {"logits": logits, "visible": visible, "page_table": None}
+            positions = select_slots(**rows, backend="triton", **options)
+            assert torch.equal(positions[32:64], positions[:32]), kind
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from kernels.backend import UnsupportedKernel
 from kernels.latent_tiles import TileConfig, choose_splits
 from kernels.sparse_mla_decode import sparse_mla_decode, sparse_mla_decode_reference
 from tests.kernels.compiled import Compiled, compile_for_hopper
-from tests.kernels.mla_cases import RANK, ROPE, attend_exactly, interpret, latent_pages, widened
+from tests.kernels.mla_cases import RANK, ROPE, attend_exactly, latent_pages, widened
 
 SCALE = 0.11
 SMALL = TileConfig(16, 16, 4, 1)
@@ -45,10 +45,9 @@ def test_kernel_interpreted(
     k: int,
     splits: int,
     interpreted: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
     generator: torch.Generator,
 ) -> None:
-    interpret(interpreted, monkeypatch, tiles, module)
+    interpreted(tiles, module)
     pages = latent_pages(2, fp8, generator)
     q = torch.randn(3, 20, RANK + ROPE, generator=generator)  # more heads than a block, not a multiple
     slots = random_slots(3, k, 128, generator)
@@ -60,9 +59,9 @@ def test_kernel_interpreted(
 
 
 def test_skipped_slots_take_nothing_from_slot_0(
-    interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+    interpreted: Callable[..., None], generator: torch.Generator
 ) -> None:
-    interpret(interpreted, monkeypatch, tiles, module)
+    interpreted(tiles, module)
     pages = latent_pages(1, False, generator)
     pages[0, 0] = float("nan")
     q = torch.randn(1, 2, RANK + ROPE, generator=generator)
@@ -81,10 +80,8 @@ def test_splits_fill_the_machine() -> None:
         assert -(-37 // -(-37 // splits)) == splits  # none is empty
 
 
-def test_no_queries_and_no_slots(
-    interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
-) -> None:
-    interpret(interpreted, monkeypatch, tiles, module)
+def test_no_queries_and_no_slots(interpreted: Callable[..., None], generator: torch.Generator) -> None:
+    interpreted(tiles, module)
     pages = latent_pages(1, True, generator)
     q = torch.randn(2, 4, RANK + ROPE, generator=generator)
     none = torch.zeros(2, 0, dtype=torch.int32)

@@ -6,7 +6,8 @@ import torch
 import kernels.sparse_mla_decode_gluon as module
 from kernels.backend import UnsupportedKernel
 from kernels.sparse_mla_decode_gluon import sparse_mla_decode_gluon
-from tests.kernels.mla_cases import attend_exactly, compile_gluon, latent_pages, widened
+from tests.kernels.compiled import compile_for_hopper
+from tests.kernels.mla_cases import attend_exactly, latent_pages, widened
 
 SCALE = 0.11
 
@@ -14,7 +15,7 @@ SCALE = 0.11
 def test_refusals(generator: torch.Generator) -> None:
     small = latent_pages(1, True, generator)
     slots = torch.zeros(2, 3, dtype=torch.int32)
-    with pytest.raises(UnsupportedKernel, match="serves records of 656 bytes"):
+    with pytest.raises(UnsupportedKernel, match="serves full-size latents"):
         sparse_mla_decode_gluon(torch.zeros(2, 4, 160, dtype=torch.bfloat16), small, slots, SCALE, 128)
     full = latent_pages(1, True, generator, 512, 64)
     with pytest.raises(UnsupportedKernel, match="2 queries, 1 slot rows"):
@@ -25,20 +26,21 @@ def test_refusals(generator: torch.Generator) -> None:
 def test_compiled_for_hopper(split: bool) -> None:
     out = "*fp32" if split else "*bf16"
     kinds = {"q": "*bf16", "pages": "*u8", "slots": "*i32", "out": out, "log_sums": out, "scale": "fp32"}
-    config = module._CONFIG
-    stack, ptx = compile_gluon(
+    config = module.CONFIG
+    compiled = compile_for_hopper(
         module._decode,
         kinds | dict.fromkeys(("H", "K", "slots_stride", "splits", "split_keys"), "i32"),
         {
             "BLOCK_H": 64, "BLOCK_K": 64, "SPLIT": split,
             "WIDENERS": config.num_warps, "REGISTERS": config.registers,
         },
-        ("H", "K", "slots_stride", "split_keys"),
+        num_warps=8,
+        aligned=("H", "K", "slots_stride", "split_keys"),
     )  # fmt: skip
-    assert stack <= 64
-    assert len(re.findall(r"wgmma\.mma_async", ptx)) == 40
-    assert len(re.findall(r"cvt\.rn\.f16x2\.e4m3x2", ptx)) == 128  # two values an instruction
-    assert "setmaxnreg" in ptx
+    assert compiled.spilled <= 64
+    assert compiled.wgmma == 80
+    assert len(re.findall(r"cvt\.rn\.f16x2\.e4m3x2", compiled.ptx)) == 128  # two values an instruction
+    assert "setmaxnreg" in compiled.ptx
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from kernels.backend import UnsupportedKernel
 from kernels.latent_tiles import TileConfig
 from kernels.sparse_mla_prefill import sparse_mla_prefill
 from tests.kernels.compiled import compile_for_hopper
-from tests.kernels.mla_cases import RANK, ROPE, attend_exactly, interpret, latent_pages
+from tests.kernels.mla_cases import RANK, ROPE, attend_exactly, latent_pages
 
 SCALE = 0.11
 
@@ -31,10 +31,8 @@ def exactly(q: Tensor, latents: Tensor, positions: Tensor, rank: int = RANK) -> 
 
 
 @pytest.mark.parametrize("k", [1, 15, 16, 17, 60])
-def test_kernel_interpreted(
-    k: int, interpreted: Callable[..., None], monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
-) -> None:
-    interpret(interpreted, monkeypatch, tiles, module)
+def test_kernel_interpreted(k: int, interpreted: Callable[..., None], generator: torch.Generator) -> None:
+    interpreted(tiles, module)
     latents = latent_pages(1, False, generator)[0]
     q = torch.randn(5, 20, RANK + ROPE, generator=generator)
     positions = random_positions(5, k, 64, generator)

@@ -1,12 +1,11 @@
-import re
-
 import pytest
 import torch
 
 import kernels.sparse_mla_prefill_gluon as module
 from kernels.backend import UnsupportedKernel
 from kernels.sparse_mla_prefill_gluon import sparse_mla_prefill_gluon
-from tests.kernels.mla_cases import attend_exactly, compile_gluon, latent_pages
+from tests.kernels.compiled import compile_for_hopper
+from tests.kernels.mla_cases import attend_exactly, latent_pages
 
 SCALE = 0.11
 
@@ -22,17 +21,19 @@ def test_refusals() -> None:
 
 def test_compiled_for_hopper() -> None:
     kinds = {"q": "*bf16", "latents": "*bf16", "positions": "*i32", "out": "*bf16", "scale": "fp32"}
-    stack, ptx = compile_gluon(
+    compiled = compile_for_hopper(
         module._prefill,
         kinds | dict.fromkeys(("H", "K", "positions_stride"), "i32"),
-        {"C": 512, "R": 64, "BLOCK_H": 64, "BLOCK_K": 64, "REGISTERS": module._PRODUCER_REGISTERS},
-        ("H", "K", "positions_stride"),
+        {"C": 512, "R": 64, "BLOCK_H": 64, "BLOCK_K": 64, "REGISTERS": module.PRODUCER_REGISTERS},
+        num_warps=8,
+        aligned=("H", "K", "positions_stride"),
     )
-    assert stack == 0
-    # 36 products for the scores and 4 for the output: neither warp group does the other's.
-    assert len(re.findall(r"wgmma\.mma_async", ptx)) == 40
-    assert len(re.findall(r"cp\.async\.c[ag]", ptx)) == 36
-    assert "setmaxnreg" in ptx
+    assert compiled.spilled == 0
+    # 36 products for the scores and 4 for the output, in the loop and around it: neither warp group does the
+    # other's.
+    assert compiled.wgmma == 80
+    assert compiled.cp_async == 36
+    assert "setmaxnreg" in compiled.ptx
 
 
 @pytest.mark.gpu

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kernels.fp8_quant import dequantize_blocks
 from model.checkpoint import Checkpoint, Weights, all_but_routed_experts, everything, routed_experts
+from model.config import FP8_BLOCK
 from model.errors import CheckpointError
 from model.layout import TensorSpec, layout
 from model.safetensors_header import read_header
@@ -85,6 +87,18 @@ def test_dequantisation_against_a_slow_loop(name: str, good: Path) -> None:
         for r in range(rows)
     ]
     assert loaded.tolist() == expected
+
+
+def test_block_scaled_matrices_can_stay_as_they_are(good: Path) -> None:
+    checkpoint = Checkpoint.open(good)
+    as_stored, widened = (checkpoint.load(dtype=torch.float32, widen=widen) for widen in (False, True))
+    name = "model.layers.1.self_attn.q_a_proj.weight"
+    assert as_stored[name].dtype == torch.float8_e4m3fn
+    values, scales = as_stored[name], as_stored[f"{name}_scale_inv"]
+    assert torch.equal(dequantize_blocks(values, scales, FP8_BLOCK), widened[name])
+    assert set(as_stored) == {
+        full for name in widened for full in (name, f"{name}_scale_inv") if full in checkpoint.tensors
+    }
 
 
 def test_unquantised_tensors_are_bitwise_those_of_the_file(good: Path) -> None:

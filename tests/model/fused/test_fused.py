@@ -14,9 +14,9 @@ from torch import Tensor
 from kernels.backend import Backend
 from model.checkpoint import Checkpoint, Weights
 from model.decoder import Decoder, Trace
-from model.fused.attention import decode_rows
 from model.fused.feed_forward import FusedExperts
 from model.fused.layer import FusedLayer
+from model.fused.rows import decode_rows
 from model.fused.weights import Fp8Matrix
 from model.inputs import ForwardInputs
 from model.pages import PageCache
