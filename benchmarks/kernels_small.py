@@ -23,7 +23,9 @@ from benchmarks.kernels_inputs import (
     randn,
     relative,
 )
+from kernels.fp8_quant import dequantize_reference
 
+_NOPE = 128
 _Q_RANK = 1536
 _ROUNDED = 4e-3
 
@@ -33,7 +35,9 @@ def cases() -> list[Case]:
         *(_gate(rows) for rows in (32, 128, 4096)),
         *(_absorb(rows) for rows in (32, 128)),
         *(_attention_inputs(rows) for rows in (128, 4096)),
+        *(_latent_outputs(rows) for rows in (1, 32, 128)),
         *(_query_inputs(rows) for rows in (128, 4096)),
+        *(_query_inputs(rows, absorb=True) for rows in (1, 32, 128)),
         _expanded(2048),
     ]
 
@@ -86,6 +90,29 @@ def _absorb(num_rows: int) -> Case:
     )
 
 
+def _latent_outputs(num_rows: int) -> Case:
+    """Out of latent space, and quantised."""
+
+    def make(peers: Peers) -> Made:
+        from kernels.latent_outputs import latent_outputs
+
+        attended, w_uv = randn(num_rows, HEADS, LATENT), randn(HEADS, 128, LATENT, scale=LATENT**-0.5)
+        expected = torch.einsum("thk,hnk->thn", attended.double(), w_uv.double()).flatten(1)
+
+        def check(out: tuple[Tensor, Tensor]) -> float:
+            return relative(dequantize_reference(*out, 128), expected)
+
+        return Made(lambda: latent_outputs(attended, w_uv, backend="triton"), check, 0.04)
+
+    return Case(
+        "latent_outputs",
+        f"{num_rows} tokens",
+        2.0 * num_rows * HEADS * 128 * LATENT,
+        HEADS * (2.0 * LATENT * 128 + num_rows * (2 * LATENT + 132)),
+        make,
+    )
+
+
 def _angles(num_rows: int) -> tuple[Tensor, Tensor]:
     turned = torch.rand(num_rows, ROPE // 2, generator=generator(), device="cuda") * 6.28
     return turned.cos(), turned.sin()
@@ -134,19 +161,20 @@ def _attention_inputs(num_rows: int) -> Case:
     )
 
 
-def _query_inputs(num_rows: int) -> Case:
+def _query_inputs(num_rows: int, *, absorb: bool = False) -> Case:
     def make(peers: Peers) -> Made:
         from kernels.query_inputs import query_inputs, query_inputs_reference
 
         index_q = randn(num_rows, INDEX_HEADS, INDEX_DIM)
         head_weights = randn(num_rows, INDEX_HEADS, dtype=torch.float32)
-        q_pe = randn(num_rows, HEADS, ROPE)
+        q = randn(num_rows, HEADS, _NOPE + ROPE)
+        w_uk = randn(HEADS, LATENT, _NOPE, scale=_NOPE**-0.5) if absorb else None
         q_latent = torch.zeros(num_rows, HEADS, LATENT + ROPE, dtype=torch.bfloat16, device="cuda")
         angles = _angles(num_rows)
         few = slice(0, 64)
         expected_latent = q_latent[few].clone()
         values, folded = query_inputs_reference(
-            index_q[few], head_weights[few], q_pe[few], expected_latent, *(each[few] for each in angles)
+            index_q[few], head_weights[few], q[few], expected_latent, *(each[few] for each in angles), w_uk
         )
 
         def check(out: tuple[Tensor, Tensor]) -> float:
@@ -157,16 +185,18 @@ def _query_inputs(num_rows: int) -> Case:
             )
 
         return Made(
-            lambda: query_inputs(index_q, head_weights, q_pe, q_latent, *angles, backend="triton"),
+            lambda: query_inputs(index_q, head_weights, q, q_latent, *angles, w_uk, backend="triton"),
             check,
             1e-2,
         )
 
+    absorbed = HEADS * _NOPE * LATENT
     return Case(
         "query_inputs",
-        f"{num_rows} tokens",
-        0.0,
-        num_rows * (INDEX_HEADS * (3.0 * INDEX_DIM + 8) + 4 * HEADS * ROPE),
+        f"{num_rows} tokens" + (", absorbed" if absorb else ""),
+        2.0 * num_rows * absorbed if absorb else 0.0,
+        num_rows * (INDEX_HEADS * (3.0 * INDEX_DIM + 8) + 4 * HEADS * ROPE)
+        + (2.0 * absorbed + 2 * num_rows * HEADS * (_NOPE + LATENT) if absorb else 0.0),
         make,
     )
 

@@ -2,9 +2,11 @@
 
     index queries   RoPE (halves) on the first R channels, Hadamard, quantised with one scale a head; the
                     scale and the indexer's constant are folded into the head weights
-    MLA queries     RoPE (interleaved) of q_pe, written behind the place of the absorbed latent query
+    MLA queries     RoPE (interleaved) of q_pe, written behind the place of the absorbed latent query; with
+                    the weight that absorbs q_nope, that query too, while the others run
 Every step rounds to bf16 where a tensor stands between two operations on the reference path.
-Shapes: T rows, I index heads of D channels, H attention heads, C kv_lora_rank, R rotated channels.
+Shapes: T rows, I index heads of D channels, H attention heads, C kv_lora_rank, N qk_nope_head_dim, R rotated
+channels.
 """
 
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.bf16_gemm import per_head_gemm_reference
 from kernels.fp8_quant import FP8, quantize_reference
 from kernels.hadamard import hadamard_reference
 from kernels.jit import hadamard, quantize_last, rotate_halves, round_to_bf16
@@ -23,20 +26,24 @@ from kernels.rope import apply_rope_reference
 
 @dataclass(frozen=True)
 class _Config:
-    """Heads of one token that a program takes, of index queries or of the others, and its warps."""
+    """Heads of one token that a program takes, of index queries or of the others; tokens and latent channels
+    of one head where it absorbs; and its warps."""
 
     index_heads: int
     heads: int
     num_warps: int
+    tokens: int = 16
+    latents: int = 128
 
 
 def query_inputs(
     index_q: Tensor,
     head_weights: Tensor,
-    q_pe: Tensor,
+    q: Tensor,
     q_latent: Tensor,
     cos: Tensor,
     sin: Tensor,
+    w_uk: Tensor | None = None,
     *,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
@@ -45,25 +52,32 @@ def query_inputs(
     Args:
         index_q: [T, I, D] bf16, a view of the projection: any strides but that of channels.
         head_weights: [T, I] float32, as projected.
-        q_pe: [T, H, R] bf16, a view likewise.
-        q_latent: [T, H, C + R] bf16; its last R channels are written, the others belong to somebody else.
+        q: [T, H, N + R] bf16, a view likewise: q_nope, then q_pe.
+        q_latent: [T, H, C + R] bf16; the last R channels are written, and the first C where w_uk is given.
         cos, sin: [T, R/2] float32.
+        w_uk: [H, C, N] bf16, contiguous, or None: somebody else absorbs, or nobody.
 
     Returns:
         values [T, I, D] e4m3, and head weights [T, I] float32 times I^-0.5 D^-0.5 and the head's scale.
     """
     require_triton_or_reference(backend, "query_inputs")
-    require(q_pe.shape[:2] == q_latent.shape[:2], "query_inputs", f"{q_pe.shape} and {q_latent.shape} differ")
-    if backend == "reference":
-        return query_inputs_reference(index_q, head_weights, q_pe, q_latent, cos, sin)
-    rope_dim, dim = q_pe.shape[2], index_q.shape[2]
+    require(q.shape[:2] == q_latent.shape[:2], "query_inputs", f"{q.shape} and {q_latent.shape} differ")
+    rope_dim, dim = 2 * cos.shape[1], index_q.shape[2]
+    absorbed = q.shape[1], q_latent.shape[2] - rope_dim, q.shape[2] - rope_dim
     require(
-        index_q.dtype == q_pe.dtype == q_latent.dtype == torch.bfloat16,
+        w_uk is None or w_uk.shape == absorbed,
         "query_inputs",
-        f"queries must be bf16, not {index_q.dtype}, {q_pe.dtype} and {q_latent.dtype}",
+        f"w_uk must be {absorbed}, not {() if w_uk is None else tuple(w_uk.shape)}",
+    )
+    if backend == "reference":
+        return query_inputs_reference(index_q, head_weights, q, q_latent, cos, sin, w_uk)
+    require(
+        index_q.dtype == q.dtype == q_latent.dtype == torch.bfloat16,
+        "query_inputs",
+        f"queries must be bf16, not {index_q.dtype}, {q.dtype} and {q_latent.dtype}",
     )
     require(
-        index_q.stride(2) == q_pe.stride(2) == q_latent.stride(2) == 1,
+        index_q.stride(2) == q.stride(2) == q_latent.stride(2) == 1,
         "query_inputs",
         "the channels of a head must be contiguous",
     )
@@ -73,21 +87,34 @@ def query_inputs(
         f"{dim} channels, {rope_dim} of them rotated, are no powers of two",
     )
     require(
-        cos.is_contiguous() and sin.is_contiguous() and cos.shape == (len(q_pe), rope_dim // 2),
+        cos.is_contiguous() and sin.is_contiguous() and cos.shape == (len(q), rope_dim // 2),
         "query_inputs",
-        f"angles {tuple(cos.shape)} of {len(q_pe)} rows of {rope_dim} channels",
+        f"angles {tuple(cos.shape)} of {len(q)} rows",
+    )
+    require(
+        w_uk is None or (w_uk.is_contiguous() and absorbed[1] % 16 == absorbed[2] % 16 == 0),
+        "query_inputs",
+        f"w_uk {absorbed} must be contiguous and of multiples of 16",
     )
     require(head_weights.dtype == torch.float32, "query_inputs", f"head weights are {head_weights.dtype}")
     require(head_weights.stride(1) == 1, "query_inputs", "the head weights of a row must be contiguous")
     config = _config_for(index_q.shape[0])
-    return _launch(index_q, head_weights, q_pe, q_latent, cos, sin, config)
+    return _launch(index_q, head_weights, q, q_latent, cos, sin, w_uk, config)
 
 
 def query_inputs_reference(
-    index_q: Tensor, head_weights: Tensor, q_pe: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor
+    index_q: Tensor,
+    head_weights: Tensor,
+    q: Tensor,
+    q_latent: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    w_uk: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rope_dim, (num_heads, dim) = q_pe.shape[2], index_q.shape[1:]
-    q_latent[..., -rope_dim:] = apply_rope_reference(q_pe, cos, sin, interleaved=True)
+    rope_dim, (num_heads, dim) = 2 * cos.shape[1], index_q.shape[1:]
+    q_latent[..., -rope_dim:] = apply_rope_reference(q[..., -rope_dim:], cos, sin, interleaved=True)
+    if w_uk is not None:
+        q_latent[..., :-rope_dim] = per_head_gemm_reference(q[..., :-rope_dim], w_uk)
     turned, rest = index_q.split([rope_dim, dim - rope_dim], dim=-1)
     rotated = torch.cat([apply_rope_reference(turned, cos, sin, interleaved=False), rest], dim=-1)
     values, scales = quantize_reference(hadamard_reference(rotated), dim)
@@ -102,22 +129,25 @@ def _constant(num_heads: int, dim: int) -> float:
 def _config_for(num_rows: int) -> _Config:
     """From the sweep of 2026-11-22 on an H100: few rows are spread over more programs, to be done soonest;
     with many a thread has four loads of 16 bytes on their way."""
+    tokens = max(16, min(64, triton.next_power_of_2(num_rows)))
     if num_rows <= 256:
-        return _Config(index_heads=8, heads=32, num_warps=4)
-    return _Config(index_heads=32, heads=64, num_warps=4)
+        return _Config(index_heads=8, heads=32, num_warps=4, tokens=tokens)
+    return _Config(index_heads=32, heads=64, num_warps=4, tokens=tokens)
 
 
 def _launch(
     index_q: Tensor,
     head_weights: Tensor,
-    q_pe: Tensor,
+    q: Tensor,
     q_latent: Tensor,
     cos: Tensor,
     sin: Tensor,
+    w_uk: Tensor | None,
     config: _Config,
 ) -> tuple[Tensor, Tensor]:
     num_tokens, index_heads, dim = index_q.shape
-    heads, rope_dim = q_pe.shape[1:]
+    heads, rope_dim = q.shape[1], 2 * cos.shape[1]
+    nope_dim, latent_dim = q.shape[2] - rope_dim, q_latent.shape[2] - rope_dim
     values = torch.empty(num_tokens, index_heads, dim, dtype=FP8, device=index_q.device)
     weights = torch.empty(num_tokens, index_heads, dtype=torch.float32, device=index_q.device)
     if num_tokens == 0:
@@ -125,11 +155,14 @@ def _launch(
     block_index = min(config.index_heads, triton.next_power_of_2(index_heads))
     block_heads = min(config.heads, triton.next_power_of_2(heads))
     parts = triton.cdiv(index_heads, block_index) + triton.cdiv(heads, block_heads)
-    _query_inputs[(num_tokens * parts,)](
+    tiles = heads * triton.cdiv(latent_dim, config.latents) * triton.cdiv(num_tokens, config.tokens)
+    absorbing = 0 if w_uk is None else tiles
+    _query_inputs[(absorbing + num_tokens * parts,)](
         index_q,
         head_weights,
-        q_pe,
+        q,
         q_latent,
+        q if w_uk is None else w_uk,
         cos,
         sin,
         values,
@@ -137,19 +170,26 @@ def _launch(
         index_q.stride(0),
         index_q.stride(1),
         head_weights.stride(0),
-        q_pe.stride(0),
-        q_pe.stride(1),
+        q.stride(0),
+        q.stride(1),
         q_latent.stride(0),
         q_latent.stride(1),
+        num_tokens,
+        absorbing,
         _constant(index_heads, dim),
         dim**-0.5,
         INDEX_HEADS=index_heads,
         HEADS=heads,
-        C=q_latent.shape[2] - rope_dim,
+        C=latent_dim,
+        N=nope_dim,
         R=rope_dim,
         D=dim,
         BLOCK_INDEX=block_index,
         BLOCK_HEADS=block_heads,
+        TOKENS=config.tokens,
+        LATENTS=min(config.latents, triton.next_power_of_2(latent_dim)),
+        ABSORB=w_uk is not None,
+        UPCAST=q.device.type == "cpu",  # the interpreter cannot multiply bf16
         num_warps=config.num_warps,
     )
     return values, weights
@@ -159,8 +199,9 @@ def _launch(
 def _query_inputs(
     index_q_ptr,  # [T, I, D]
     head_weights_ptr,  # [T, I]
-    q_pe_ptr,  # [T, H, R]
+    q_ptr,  # [T, H, N + R]
     q_latent_ptr,  # [T, H, C + R]
+    w_uk_ptr,  # [H, C, N]
     cos_ptr,  # [T, R/2]
     sin_ptr,  # [T, R/2]
     values_ptr,  # [T, I, D]
@@ -168,25 +209,41 @@ def _query_inputs(
     index_q_stride,
     index_head_stride,
     head_weights_stride,
-    q_pe_stride,
-    q_pe_head_stride,
+    q_stride,
+    q_head_stride,
     q_latent_stride,
     q_latent_head_stride,
+    num_tokens,
+    absorbing,  # programs that absorb: the first ones, as theirs is the longest work
     constant,
     hadamard_scale,
     INDEX_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
+    N: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     BLOCK_INDEX: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LATENTS: tl.constexpr,
+    ABSORB: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
+    program = tl.program_id(0)
+    if ABSORB:
+        if program < absorbing:
+            _absorb(
+                q_ptr, w_uk_ptr, q_latent_ptr, program, num_tokens, q_stride, q_head_stride, q_latent_stride,
+                q_latent_head_stride, HEADS, C, N, TOKENS, LATENTS, UPCAST,
+            )  # fmt: skip
+            return
+        program -= absorbing
     # The parts of a token side by side, so that they share the lines of its projection's row.
     index_parts: tl.constexpr = (INDEX_HEADS + BLOCK_INDEX - 1) // BLOCK_INDEX
     parts: tl.constexpr = index_parts + (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
-    token = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
+    token = (program // parts).to(tl.int64)
+    part = program % parts
     cos_ptr += token * (R // 2)
     sin_ptr += token * (R // 2)
     if part < index_parts:
@@ -197,8 +254,8 @@ def _query_inputs(
         )  # fmt: skip
     else:
         _rotate_q_pe(
-            q_pe_ptr + token * q_pe_stride, q_latent_ptr + token * q_latent_stride + C, cos_ptr, sin_ptr,
-            q_pe_head_stride, q_latent_head_stride, (part - index_parts) * BLOCK_HEADS, BLOCK_HEADS, HEADS, R,
+            q_ptr + token * q_stride + N, q_latent_ptr + token * q_latent_stride + C, cos_ptr, sin_ptr,
+            q_head_stride, q_latent_head_stride, (part - index_parts) * BLOCK_HEADS, BLOCK_HEADS, HEADS, R,
         )  # fmt: skip
 
 
@@ -239,3 +296,29 @@ def _rotate_q_pe(
     a, b = tl.split(tl.reshape(x.to(tl.float32), [BLOCK, R // 2, 2]))
     turned = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), [BLOCK, R])
     tl.store(out_ptr + heads[:, None] * out_head_stride + channels, turned.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def _absorb(
+    q_ptr, w_uk_ptr, q_latent_ptr, tile, num_tokens, q_stride, q_head_stride, q_latent_stride,
+    q_latent_head_stride, HEADS: tl.constexpr, C: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr,
+    LATENTS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Some latent channels of one head of some tokens; all of q_nope is one tile, since heads are narrow."""
+    NOPE: tl.constexpr = triton.next_power_of_2(N)
+    blocks: tl.constexpr = (C + LATENTS - 1) // LATENTS
+    head = (tile // blocks) % HEADS
+    c = tile % blocks * LATENTS + tl.arange(0, LATENTS)
+    tokens = (tile // (blocks * HEADS) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    channels = tl.arange(0, NOPE)
+    inside = channels < N
+    weight_rows = w_uk_ptr + (head * C + tl.minimum(c, C - 1))[:, None] * N
+    weight = tl.load(weight_rows + channels[None, :], mask=inside[None, :], other=0.0)  # [LATENTS, NOPE]
+    query_rows = q_ptr + tl.minimum(tokens, num_tokens - 1)[None, :] * q_stride + head * q_head_stride
+    query = tl.load(query_rows + channels[:, None], mask=inside[:, None], other=0.0)  # [NOPE, TOKENS]
+    if UPCAST:
+        weight, query = weight.to(tl.float32), query.to(tl.float32)
+    out = tl.dot(weight, query)
+    places = tokens[None, :] * q_latent_stride + head * q_latent_head_stride + c[:, None]
+    valid = (tokens < num_tokens)[None, :] & (c < C)[:, None]
+    tl.store(q_latent_ptr + places, out.to(tl.bfloat16), mask=valid)

@@ -5,13 +5,13 @@ all together; a sequence with more of them (a chunk of a prompt) goes by itself.
 residual, at most fourteen launches:
 
     norm + quantise | project | head weights | q norm, latent and index key into pages | project |
-    index queries, RoPE | absorb | index logits | select | attend | leave latent space + quantise | project |
-    residual + norm + quantise (the next part's first)
+    index queries, RoPE, absorb | index logits | select (2 for few rows) | attend | combine (for few rows) |
+    leave latent space + quantise | project | residual + norm + quantise (the next part's first)
 
 Shapes: T rows, H heads, N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -118,24 +118,22 @@ class FusedAttention:
             LATENT_NORM_EPS,
             backend=backend,
         )
-        projected = self._ops.fp8_gemm(
-            *q_latent,
-            self._from_q_latent.values,
-            self._from_q_latent.scales,
-        )
+        projected = self._ops.fp8_gemm(*q_latent, self._from_q_latent.values, self._from_q_latent.scales)
         q = projected[:, : self._num_q].unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
-        q_pe = q[..., config.qk_nope_head_dim :]
         index_q = projected[:, self._index_start :][:, : config.index_n_heads * config.index_head_dim]
         absorbed = q.new_empty(len(normed), config.num_attention_heads, config.latent_dim)
+        # A prompt on a short context runs expanded, so its rows are absorbed later or never.
+        decodes = all(segment.num_rows <= MAX_DECODE_ROWS for segment in inputs.segments)
         index_q, index_weights = query_inputs(
             index_q.unflatten(-1, (config.index_n_heads, config.index_head_dim)),
             head_weights,
-            q_pe,
+            q,
             absorbed,
             *angles,
+            self._w_uk if decodes else None,
             backend=backend,
         )
-        queries = _Queries(q, absorbed, index_q, index_weights)
+        queries = _Queries(q, absorbed, decodes, index_q, index_weights)
         values = self._attend(queries, inputs, pages, selected)
         return self._ops.fp8_gemm(*values, self._o_proj.values, self._o_proj.scales)
 
@@ -168,6 +166,8 @@ class FusedAttention:
 
     def _absorb(self, queries: "_Queries") -> Tensor:
         """[T, H, C + R]: with q_nope brought to latent space, in front of the rotated q_pe."""
+        if queries.is_absorbed:
+            return queries.absorbed
         q_nope = queries.q[..., : self._config.qk_nope_head_dim]
         q_c = queries.absorbed[..., : self._config.kv_lora_rank]
         per_head_gemm(q_nope, self._w_uk, out=q_c, backend=self._backend)
@@ -315,15 +315,23 @@ class FusedAttention:
 @dataclass(frozen=True)
 class _Queries:
     """What T rows ask with: `q` [T, H, N + R] before RoPE; `absorbed` [T, H, C + R] with RoPE in its last R
-    channels and room for the rest; index queries [T, H_i, D] e4m3 and their head weights [T, H_i] float32."""
+    channels, the rest there already or room for it; index queries [T, H_i, D] e4m3 and their head weights
+    [T, H_i] float32."""
 
     q: Tensor
     absorbed: Tensor
+    is_absorbed: bool
     index_q: Tensor
     index_weights: Tensor
 
     def of(self, rows: slice | Tensor) -> "_Queries":
-        return _Queries(self.q[rows], self.absorbed[rows], self.index_q[rows], self.index_weights[rows])
+        return replace(
+            self,
+            q=self.q[rows],
+            absorbed=self.absorbed[rows],
+            index_q=self.index_q[rows],
+            index_weights=self.index_weights[rows],
+        )
 
 
 def _everything(visible: Tensor, num: int) -> Tensor:
