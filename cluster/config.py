@@ -244,6 +244,16 @@ class ClusterConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _gpus_are_one_process(self) -> "ClusterConfig":
+        apart = self.prefill or self.decode or self.experts.placement == "pool"
+        if self.model.device == "cuda" and apart:
+            raise ValueError(
+                "model.device: cuda is one process until there are carriers between GPUs: leave out prefill, "
+                "decode and experts.placement: pool"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _roles_are_both_there(self) -> "ClusterConfig":
         if (self.prefill is None) != (self.decode is None):
             missing = "prefill" if self.prefill is None else "decode"

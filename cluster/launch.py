@@ -13,10 +13,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from cluster.config import ClusterConfig, ConfigError, room
 from cluster.gateway.backend import ModelFacts
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.router import Router
+from kernels.backend import UnsupportedKernel
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.inputs import PAGE_SIZE
@@ -57,6 +60,8 @@ def start_backend(config: ClusterConfig, stack: ExitStack, say: Say) -> "EngineB
         raise ConfigError(
             "", "experts.nodes", f"is {config.experts.nodes}; this model has {model.n_group} expert groups"
         )
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("", "model.device", "is cuda; no GPU can be used here (torch finds none)")
     if config.is_disaggregated:
         return _start_cluster(config, model, stack, say)
     experts = _start_pool(config, model, stack, say) if config.experts.placement == "pool" else None
@@ -108,7 +113,10 @@ def _start_pool(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say
 def _load_engine(config: ClusterConfig, experts: Experts | None, say: Say) -> EngineBackend:
     started = time.perf_counter()
     say(f"loading {config.model.directory.name} as {config.model.dtype}")
-    model = LocalModel(config.model.directory, config.model.options(), experts=experts, progress=True)
+    try:
+        model = LocalModel(config.model.directory, config.model.options(), experts=experts, progress=True)
+    except UnsupportedKernel as error:
+        raise ConfigError("", "model", f"asks for what the kernels here cannot do: {error}") from None
     longest = model.config.max_position_embeddings
     num_tokens = room(config.engine.tokens, longest)
     engine = model.engine(config.engine.config(), num_tokens)

@@ -154,6 +154,18 @@ def test_bad_prompt_files_are_refused(
     assert "prompt" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_said_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "gpu.yaml"
+    config.write_text("model: {kernels: triton, device: cuda, dtype: bfloat16, pages: fp8}\n")
+    assert main(["serve", str(config)]) == EXIT_USER_ERROR
+    assert capsys.readouterr().err.startswith(
+        "eightfold serve: model.device: is cuda; no GPU can be used here"
+    )
+
+
 def test_chat_answers_and_keeps_the_conversation() -> None:
     lines = 'What does "harbor" mean?\n/stats\nName a synonym.\n/nothing\n/new\n/think\n/exit\n'
     result = subprocess.run(

@@ -6,6 +6,8 @@ from cluster.commands.serve import EMBEDDED
 from cluster.config import ClusterConfig, ConfigError
 from workers.engine import EngineConfig
 
+GPU = "kernels: triton, device: cuda, dtype: bfloat16, pages: fp8"
+
 
 def load(tmp_path: Path, text: str) -> ClusterConfig:
     (tmp_path / "cluster.yaml").write_text(text)
@@ -62,6 +64,11 @@ def test_paths_start_from_the_file(tmp_path: Path) -> None:
         ("model: {kernels: triton}", "'triton' goes with device cuda, not cpu"),
         ("model: {kernels: triton, device: cuda, dtype: bfloat16}", "goes with pages fp8, not full"),
         ("model: {kernels: triton, deterministic: true}", "goes with kernels: reference only"),
+        (
+            f"model: {{{GPU}}}\nexperts: {{placement: pool}}",
+            "leave out prefill, decode and experts.placement",
+        ),
+        (f"model: {{{GPU}}}\nprefill: {{}}\ndecode: {{}}", "model.device: cuda is one process"),
         ("model: {third_party: [deep_gemm]}", "third_party: goes with kernels triton only"),
         ("engine: {chunk: 1, chunk: 2}", "'chunk' stands twice in line 1"),
         ("a: &x [1]\nb: *x", "aliases are not used here in line 2"),
@@ -92,8 +99,7 @@ def test_the_description_of_make_serve_is_a_cluster_of_eight_expert_actors() -> 
 
 
 def test_kernels_and_libraries_for_a_gpu(tmp_path: Path) -> None:
-    gpu = "device: cuda, dtype: bfloat16, pages: fp8"
-    options = load(tmp_path, f"model: {{kernels: triton, {gpu}, third_party: [flash_mla]}}").model.options()
+    options = load(tmp_path, f"model: {{{GPU}, third_party: [flash_mla]}}").model.options()
     assert (options.kernels, options.device, options.third_party) == ("triton", "cuda", ("flash_mla",))
 
 

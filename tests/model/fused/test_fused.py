@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.layer import capture
 from kernels.backend import Backend
 from model.checkpoint import Checkpoint, Weights
 from model.decoder import Decoder, Trace
@@ -19,7 +20,9 @@ from model.fused.layer import FusedLayer
 from model.fused.rows import decode_rows
 from model.fused.weights import Fp8Matrix
 from model.inputs import ForwardInputs
+from model.moe import Done
 from model.pages import PageCache
+from model.rope import rope_angles, rope_frequencies
 from tests.checkpoints import DEMO
 from tests.running import demo, num_pages_for
 from workers.local import LocalModel, ModelOptions
@@ -170,3 +173,26 @@ def test_the_demo_through_the_kernels(oracle: dict[str, Tensor], name: str) -> N
     decoder = LocalModel(DEMO, options).decoder
     prompt = oracle[f"{name}.input_ids"].tolist()
     assert_follows(continued(decoder, prompt, oracle[f"{name}.output_ids"].tolist(), 2048), oracle, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", [200, 1000])
+def test_a_decode_layer_is_few_launches_in_a_graph(context: int) -> None:
+    """Attention from norm to residual, over everything and over a selection; a replay gives the same."""
+    decoder = LocalModel(
+        DEMO, ModelOptions(dtype="bfloat16", pages="fp8", kernels="triton", device="cuda")
+    ).decoder
+    layer, cache = decoder.layers[1], new_cache(decoder, 3 * 1024)
+    assert isinstance(layer, FusedLayer)
+    pages = [list(range(16 * n, 16 * n + 16)) for n in range(3)]
+    inputs = ForwardInputs.build([[1], [2], [3]], [context - 1] * 3, pages, "cuda")
+    residual = torch.randn(3, decoder.config.hidden_size, device="cuda").bfloat16()
+    angles = rope_angles(rope_frequencies(decoder.config).to("cuda"), inputs.positions)
+    out = []
+
+    def attend() -> None:
+        out.append(layer.attend(Done(residual), residual, inputs, angles, cache.layers[1], None)[1])
+
+    launches = capture("decode", attend)
+    assert len(launches.kernels) <= 14, launches.kernels
+    assert torch.equal(out[0], out[-1]), "captured and replayed"
