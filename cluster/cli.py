@@ -91,6 +91,7 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
+    _add_kernels(parser)
     _add_sampling(parser)
     parser.add_argument(
         "--max-tokens", type=int, default=512, metavar="N", help="longest answer, reasoning included"
@@ -101,6 +102,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
+    _add_kernels(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
         "--prompt", metavar="TEXT", help="raw text, special tokens in it are recognised; BOS is put before it"
@@ -116,6 +118,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_logits(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
+    _add_kernels(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     _add_prompt_ids(prompt)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
@@ -168,13 +171,14 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=DEMO, metavar="DIR", help="checkpoint directory")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the arithmetic"
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the arithmetic; float32, or bfloat16 with --kernels triton",
     )
     parser.add_argument(
         "--pages",
         choices=["fp8", "full"],
-        default="full",
-        help="format of the caches: as served, or in full precision",
+        help="format of the caches: full, in full precision, or fp8, as served (and with --kernels triton)",
     )
     parser.add_argument(
         "--attention",
@@ -183,6 +187,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="over what the indexer selects, or over everything",
     )
     parser.add_argument("--chunk", type=int, default=2048, metavar="N", help="tokens of a prompt run at once")
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kernels",
+        choices=["reference", "triton"],
+        default="reference",
+        help="plain torch on this CPU, or kernels for an NVIDIA GPU (docs/kernels.md)",
+    )
 
 
 def _add_prompt_ids(parser: argparse._ActionsContainer) -> None:

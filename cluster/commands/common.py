@@ -4,6 +4,9 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+import torch
+
+from kernels.backend import UnsupportedKernel, require
 from model.errors import CheckpointError, RequestError
 from model.sampling_params import SamplingParams
 from workers.engine import EngineConfig
@@ -18,9 +21,29 @@ def checkpoint_directory(path: Path) -> Path:
 
 
 def load_model(options: Namespace) -> LocalModel:
-    """The model that the options name, with a progress bar on a terminal."""
-    model_options = ModelOptions(dtype=options.dtype, pages=options.pages, attention=options.attention)
-    return LocalModel(checkpoint_directory(options.model), model_options, progress=True)
+    """The model that the options name, with a progress bar on a terminal.
+
+    Raises:
+        RequestError: the kernels asked for cannot be had here, or not with these options.
+    """
+    try:
+        return LocalModel(checkpoint_directory(options.model), model_options(options), progress=True)
+    except UnsupportedKernel as error:
+        raise RequestError("--kernels", str(error)) from None
+
+
+def model_options(options: Namespace) -> ModelOptions:
+    """How the model is computed: what the options say, and else what goes with the kernels they name.
+
+    Raises:
+        UnsupportedKernel: they do not go together.
+    """
+    if getattr(options, "kernels", "reference") == "reference":
+        return ModelOptions(options.dtype or "float32", options.pages or "full", options.attention)
+    require(torch.cuda.is_available(), "triton", "no GPU can be used here (torch finds none)")
+    return ModelOptions(
+        options.dtype or "bfloat16", options.pages or "fp8", options.attention, options.kernels, "cuda"
+    )
 
 
 def sampling_params(options: Namespace, max_tokens: int) -> SamplingParams:

@@ -62,7 +62,8 @@ def prompt_logits(
     logits, selected = [], []
     for start in range(0, len(prompt_ids), chunk):
         trace = Trace() if with_selected else None
-        inputs = ForwardInputs.build([prompt_ids[start : start + chunk]], [start], [pages])
+        tokens = prompt_ids[start : start + chunk]
+        inputs = ForwardInputs.build([tokens], [start], [pages], model.decoder.device)
         hidden = model.decoder.forward(inputs, cache, trace)
         if only_last and start + chunk < len(prompt_ids):
             continue
@@ -70,7 +71,7 @@ def prompt_logits(
         logits.append(model.decoder.logits(hidden[rows]))
         if trace:
             selected.append(torch.stack([layer[rows] for layer in trace.selected]))
-    tensors = {"logits": torch.cat(logits)}
+    tensors = {"logits": torch.cat(logits).cpu()}
     if selected:
-        tensors["selected"] = torch.cat(selected, dim=1)
+        tensors["selected"] = torch.cat(selected, dim=1).cpu()
     return tensors

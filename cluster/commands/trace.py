@@ -5,7 +5,13 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.commands.common import checkpoint_directory, engine_config, read_prompt_ids, sampling_params
+from cluster.commands.common import (
+    checkpoint_directory,
+    engine_config,
+    model_options,
+    read_prompt_ids,
+    sampling_params,
+)
 from cluster.trace.collect import TraceOptions, trace
 from cluster.trace.page import render
 from cluster.trace.recorder import WatchedModel
@@ -13,7 +19,6 @@ from cluster.trace.report import Report
 from model.config import ModelConfig
 from model.errors import RequestError
 from model.tokenizer import Tokenizer
-from workers.local import ModelOptions
 from workers.sequence import Request
 
 _DEFAULT_JSON, _DEFAULT_HTML = Path("trace.json"), Path("trace.html")
@@ -36,8 +41,7 @@ def run(options: Namespace) -> int:
     tokenizer = Tokenizer.load(directory)
     prompt_ids = _prompt_ids(options, tokenizer)
 
-    model_options = ModelOptions(dtype=options.dtype, pages=options.pages, attention=options.attention)
-    model = WatchedModel.load(directory, model_options, progress=True)
+    model = WatchedModel.load(directory, model_options(options), progress=True)
     request = Request("trace", tuple(prompt_ids), params)
     name = directory.absolute().name
     report = trace(model, tokenizer, request, config, trace_options, name=name)
