@@ -11,9 +11,9 @@ import torch
 from benchmarks.bare_hops import Hop
 from benchmarks.processes import new_endpoint, process
 from cluster.demo import DEMO
-from kernels.gate_topk import gate_topk
 from model.checkpoint import Checkpoint
 from model.moe import DispatchPlan
+from tests.workers.expert_pool import routed
 from workers.dispatch import RemoteExperts
 from workers.experts import ExpertWorker, load_experts
 from workers.placement import ExpertPlacement
@@ -34,17 +34,8 @@ def one_token() -> tuple[torch.Tensor, DispatchPlan]:
     """A token whose experts lie in `topk_group` groups, as the demo's router chooses them."""
     config = Checkpoint.open(DEMO).config
     generator = torch.Generator().manual_seed(0)
-    experts, weights = gate_topk(
-        torch.randn(1, config.n_routed_experts, generator=generator),
-        torch.zeros(config.n_routed_experts),
-        num_groups=config.n_group,
-        topk_group=config.topk_group,
-        k=config.num_experts_per_tok,
-        normalize=True,
-        scale=2.5,
-        backend="reference",
-    )
-    return torch.randn(1, config.hidden_size, generator=generator), DispatchPlan(experts, weights)
+    plan = routed(torch.randn(1, config.n_routed_experts, generator=generator))
+    return torch.randn(1, config.hidden_size, generator=generator), plan
 
 
 class Placed:

@@ -36,12 +36,9 @@ def all_experts() -> LocalExperts:
     return load_experts(Checkpoint.open(DEMO), range(demo_config().n_group), torch.float32, "reference")
 
 
-def rows(num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, DispatchPlan]:
-    """Random rows, and a plan as the demo's router would make it."""
+def routed(logits: torch.Tensor) -> DispatchPlan:
+    """The plan that the demo's router makes of `logits` [T, n_routed_experts]."""
     config = demo_config()
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_tokens, config.hidden_size, generator=generator)
-    logits = torch.randn(num_tokens, config.n_routed_experts, generator=generator)
     experts, weights = gate_topk(
         logits,
         torch.zeros(config.n_routed_experts),
@@ -52,7 +49,15 @@ def rows(num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, DispatchPlan]:
         scale=2.5,
         backend="reference",
     )
-    return x, DispatchPlan(experts, weights)
+    return DispatchPlan(experts, weights)
+
+
+def rows(num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, DispatchPlan]:
+    """Random rows, and a plan as the demo's router would make it."""
+    config = demo_config()
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, config.hidden_size, generator=generator)
+    return x, routed(torch.randn(num_tokens, config.n_routed_experts, generator=generator))
 
 
 def place(addresses: list[Address], epoch: int = 1) -> ExpertPlacement:

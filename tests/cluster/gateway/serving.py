@@ -3,8 +3,8 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -23,6 +23,7 @@ from workers.local import LocalModel
 
 T = TypeVar("T")
 
+ANY_PORTS = ClusterConfig.model_validate({"gateway": {"http_port": 0, "grpc_port": 0}})
 HARBOR = [{"role": "user", "content": 'What does "harbor" mean?'}]
 HARBOR_ANSWER = "Noun: a person who is harbor of a woman."
 # Hot enough never to end by itself within the test.
@@ -69,40 +70,28 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> float:
 
 
 @contextmanager
-def serve(
-    model: LocalModel,
-    config: ClusterConfig | None = None,
-    wrap: Callable[[Backend], Backend] = lambda backend: backend,
+def in_thread(
+    started: AbstractAsyncContextManager[Backend], engine: Engine, config: ClusterConfig = ANY_PORTS
 ) -> Iterator[Served]:
-    """A server over the model, for as long as the context lasts; nothing may be left open at its end.
+    """A server over a backend, for as long as the context lasts; nothing may be left open at its end.
 
     Args:
-        model: what it serves.
-        config: its limits; the ports must be 0.
-        wrap: what stands between the gateway and the model.
+        started: the backend, entered and left in the server's event loop.
+        engine: whose pages must be free at the end.
+        config: the ports must be 0.
     """
-    config = config or ClusterConfig.model_validate({"gateway": {"http_port": 0, "grpc_port": 0}})
-    tokens = config.engine.tokens or 65536
-    engine = model.engine(config.engine.config(), tokens)
-    context = min(model.config.max_position_embeddings, tokens)
-    facts = ModelFacts(model.config, *load_text(DEMO, model.config), model.checkpoint.digest, context)
-    backend = EngineBackend(
-        engine, facts, max_waiting=config.engine.max_waiting,
-        max_unread=config.gateway.limits.max_unread_tokens,
-    )  # fmt: skip
     ready: list[Served] = []
     is_up, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
 
     async def life() -> None:
-        backend.start()
-        server = GatewayServer(wrap(backend), "demo", config.gateway, "test")
-        await server.start()
-        ready.append(Served(server, engine, loop))
-        is_up.set()
-        await stop.wait()
-        await server.stop()
-        await backend.stop()
+        async with started as backend:
+            server = GatewayServer(backend, "demo", config.gateway, "test")
+            await server.start()
+            ready.append(Served(server, engine, loop))
+            is_up.set()
+            await stop.wait()
+            await server.stop()
 
     def thread() -> None:
         try:
@@ -122,4 +111,38 @@ def serve(
     finally:
         loop.call_soon_threadsafe(stop.set)
         serving.join(30)
+
+
+@contextmanager
+def serve(
+    model: LocalModel,
+    config: ClusterConfig = ANY_PORTS,
+    wrap: Callable[[Backend], Backend] = lambda backend: backend,
+) -> Iterator[Served]:
+    """A server over the model, for as long as the context lasts; nothing may be left open at its end.
+
+    Args:
+        model: what it serves.
+        config: its limits; the ports must be 0.
+        wrap: what stands between the gateway and the model.
+    """
+    tokens = config.engine.tokens or 65536
+    engine = model.engine(config.engine.config(), tokens)
+    context = min(model.config.max_position_embeddings, tokens)
+    facts = ModelFacts(model.config, *load_text(DEMO, model.config), model.checkpoint.digest, context)
+    backend = EngineBackend(
+        engine, facts, max_waiting=config.engine.max_waiting,
+        max_unread=config.gateway.limits.max_unread_tokens,
+    )  # fmt: skip
+
+    @asynccontextmanager
+    async def started() -> AsyncIterator[Backend]:
+        backend.start()
+        try:
+            yield wrap(backend)
+        finally:
+            await backend.stop()
+
+    with in_thread(started(), engine, config) as served:
+        yield served
     engine.pool.check_idle()
