@@ -62,12 +62,28 @@ class ProjectedColumns:
 
 @dataclass(frozen=True)
 class AttentionNorms:
-    """Weights of the norms, all float32: q [Q], kv [C], and the LayerNorm of index keys, [D] each."""
+    """Weights of the norms, float32 and contiguous: q [Q], kv [C], and the LayerNorm of index keys, [D] each.
+
+    Raises:
+        UnsupportedKernel: a weight is not as it must be.
+    """
 
     q: Tensor
     kv: Tensor
     key_weight: Tensor
     key_bias: Tensor
+
+    def __post_init__(self) -> None:
+        for weight in (self.q, self.kv, self.key_weight, self.key_bias):
+            require(
+                weight.dtype == torch.float32 and weight.is_contiguous(),
+                "attention_inputs",
+                f"norms must be float32 and contiguous, not {weight.dtype}",
+            )
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        return len(self.q), len(self.kv), len(self.key_weight), len(self.key_bias)
 
 
 @dataclass(frozen=True)
@@ -96,14 +112,17 @@ def attention_inputs(
     """Normalise, rotate, quantise, and write the rows' latents and index keys.
 
     Args:
-        projected: [T, W] bf16, W at least columns.width.
+        projected: [T, W] bf16, W at least columns.width, the channels of a row contiguous.
         cos, sin: [T, R/2] float32.
-        slots: [T] integer, page * 64 + offset, distinct but for -1, which writes nothing.
+        slots: [T] integer, contiguous, page * 64 + offset, distinct but for -1, which writes nothing.
         latent_pages: [P, 64, record_bytes] uint8, or [P, 64, C + R] bf16 of format `full`.
         index_pages: [P, 64 * (D + 4)] uint8, or [P, 64, D] bf16 of format `full`.
 
     Returns:
         The quantised q latent: values [T, Q] e4m3, and scales [T, Q / 128] float32, stored group by group.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others.
     """
     require_triton_or_reference(backend, "attention_inputs")
     full = latent_pages.dtype != torch.uint8
@@ -135,6 +154,11 @@ def attention_inputs(
     )
     require(projected.stride(1) == 1, "attention_inputs", "the channels of a row must be contiguous")
     require(
+        projected.shape[0] == len(slots) and projected.shape[1] >= columns.width,
+        "attention_inputs",
+        f"projected {tuple(projected.shape)} is not {len(slots)} rows of {columns.width} channels",
+    )
+    require(
         not full or latent_pages.dtype == index_pages.dtype == torch.bfloat16,
         "attention_inputs",
         f"pages of format full must be bf16, not {latent_pages.dtype}",
@@ -145,16 +169,20 @@ def attention_inputs(
         "pages and slots must be contiguous",
     )
     require(
-        cos.is_contiguous() and sin.is_contiguous() and cos.shape == (len(slots), columns.rope_dim // 2),
+        cos.is_contiguous()
+        and sin.is_contiguous()
+        and cos.shape == sin.shape == (len(slots), columns.rope_dim // 2),
         "attention_inputs",
         f"angles {tuple(cos.shape)} of {len(slots)} rows",
     )
     rope_dim, dim = columns.rope_dim, columns.index_dim
     require(
-        dim >= 16 and rope_dim >= 2 and dim & (dim - 1) == 0 == rope_dim & (rope_dim - 1),
+        dim >= max(16, rope_dim) and rope_dim >= 2 and dim & (dim - 1) == 0 == rope_dim & (rope_dim - 1),
         "attention_inputs",
         f"{dim} channels, {rope_dim} of them rotated, are no powers of two",
     )
+    widths = columns.q_lora_rank, columns.kv_lora_rank, dim, dim
+    require(norms.widths == widths, "attention_inputs", f"norms of {norms.widths}, not {widths} channels")
     config = _config_for(projected.shape[0])
     return _launch(projected, columns, norms, cos, sin, slots, latent_pages, index_pages, eps, config)
 

@@ -9,6 +9,8 @@ cannot serve what it is asked for raises `UnsupportedKernel` and never falls bac
 
 from typing import Literal
 
+from torch import Tensor
+
 Backend = Literal["reference", "deterministic", "triton"]
 
 
@@ -20,6 +22,13 @@ def require(holds: bool, operation: str, rule: str) -> None:
     """Raise `UnsupportedKernel` naming the operation unless its rule holds."""
     if not holds:
         raise UnsupportedKernel(f"{operation}: {rule}")
+
+
+def require_aligned(operation: str, **tensors: Tensor) -> None:
+    """For what TMA or asynchronous copies fetch: torch's allocations begin at 16 bytes, views may not."""
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % 16 != 0:
+            raise UnsupportedKernel(f"{operation}: {name} must begin at a multiple of 16 bytes")
 
 
 def require_reference(backend: Backend, operation: str) -> None:

@@ -6,7 +6,6 @@ Both are one kernel: operands swapped, as in `fp8_gemm`'s decode form, since row
 Shapes: T rows, K inputs, N outputs, H heads (1 in `bf16_gemm`), S splits of K.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.device import num_sms
 from kernels.split_sum import is_last_part, parts_of, split_counters, sum_of_parts
 
 
@@ -26,18 +26,21 @@ def bf16_gemm(
     Launches on one GPU must follow one another, on one stream: they share counters (`split_sum.py`).
 
     Args:
-        x: [T, K] bf16.
+        x: [T, K] bf16, any strides.
         weight: [N, K] bf16, contiguous.
 
     Returns:
         [T, N] of out_dtype, summed in fp32.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others.
     """
     _require_shapes(x.unsqueeze(1), weight.unsqueeze(0), "bf16_gemm")
     require_triton_or_reference(backend, "bf16_gemm")
     if backend == "reference":
         return bf16_gemm_reference(x, weight, out_dtype=out_dtype)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
-    config = _config_for(x.shape[0], 1, weight.shape[0], weight.shape[1], _num_sms(x.device))
+    config = _config_for(x.shape[0], 1, weight.shape[0], weight.shape[1], num_sms(x.device))
     _launch(x.unsqueeze(1), weight.unsqueeze(0), out.unsqueeze(1), config)
     return out
 
@@ -56,6 +59,9 @@ def per_head_gemm(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backe
 
     Returns:
         [T, H, N] bf16, summed in fp32: out, where one was given.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others.
     """
     _require_shapes(x, weight, "per_head_gemm")
     require_triton_or_reference(backend, "per_head_gemm")
@@ -70,7 +76,7 @@ def per_head_gemm(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backe
         return out.copy_(per_head_gemm_reference(x, weight))
     # Heads are enough programs: nothing is split.
     num_heads, num_outputs, num_inputs = weight.shape
-    config = _config_for(x.shape[0], num_heads, num_outputs, num_inputs, _num_sms(x.device))
+    config = _config_for(x.shape[0], num_heads, num_outputs, num_inputs, num_sms(x.device))
     config = config._replace(splits=1)
     _launch(x, weight, out, config)
     return out
@@ -105,7 +111,7 @@ class _Config(NamedTuple):
     stages: int
 
 
-def _config_for(num_rows: int, num_heads: int, num_outputs: int, num_inputs: int, num_sms: int) -> _Config:
+def _config_for(num_rows: int, num_heads: int, num_outputs: int, num_inputs: int, sms: int) -> _Config:
     """What to run, from the sweep of 2026-11-22 on an H100; benchmarks/LOG.md has it."""
     inputs = min(128, max(16, triton.next_power_of_2(num_inputs)))
     if num_heads > 1:
@@ -122,13 +128,8 @@ def _config_for(num_rows: int, num_heads: int, num_outputs: int, num_inputs: int
         tokens = 16 if num_rows <= 64 or columns == 1 else 32
     tiles = columns * triton.cdiv(num_rows, tokens)
     # Each part is written and read once more, which takes as long as several steps.
-    splits = max(1, min(num_sms // max(1, tiles), num_inputs // 896, 8))
+    splits = max(1, min(sms // max(1, tiles), num_inputs // 896, 8))
     return _Config(64, tokens, inputs, splits, warps=4, stages=5)
-
-
-@lru_cache(maxsize=16)
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(x: Tensor, weight: Tensor, out: Tensor, config: _Config) -> None:

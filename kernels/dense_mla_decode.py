@@ -3,6 +3,7 @@
     out[t, h] = sum_p softmax_p(scale * q[t, h] . latent[p]) * c[p]      p < visible[t]
 The rows of a sequence (its newest token and drafts) see nearly the same keys: rows and heads together are the
 rows of a tile, so 4 rows of 16 heads read the keys once. A sequence's keys are split over programs.
+On Hopper, full size has a kernel of its own where it gains (`dense_mla_decode_gluon.py`).
 Shapes: T queries, n rows a sequence, S sequences, H heads, C kv_lora_rank, R rotated channels, P pages.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from kernels.backend import Backend, require, require_triton_or_reference
 from kernels.dense_mla import dense_mla_reference
 from kernels.dense_mla_decode_gluon import dense_mla_decode_gluon
+from kernels.device import is_hopper, num_sms
 from kernels.latent_pages import unpack_latents_reference
 from kernels.latent_tiles import (
     LOG2_E,
@@ -22,9 +24,7 @@ from kernels.latent_tiles import (
     choose_splits,
     combine,
     is_full_size,
-    is_hopper,
     make_partials,
-    num_sms,
     read_query,
     read_tile,
     require_latents,
@@ -58,6 +58,9 @@ def dense_mla_decode(
 
     Returns:
         [T, H, C] bf16; softmax in fp32.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others.
     """
     require_triton_or_reference(backend, _OPERATION)
     require_latents(_OPERATION, q, latent_pages, kv_lora_rank)
@@ -68,6 +71,8 @@ def dense_mla_decode(
     )
     most = page_table.shape[1] * latent_pages.shape[1]
     require(max_visible <= most, _OPERATION, f"max_visible {max_visible}, but the table's pages hold {most}")
+    contiguous = page_table.stride(1) == 1 or page_table.shape[1] <= 1
+    require(contiguous, _OPERATION, "a row of the page table must be contiguous")
     if backend == "reference":
         return dense_mla_decode_reference(
             q,

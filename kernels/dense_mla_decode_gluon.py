@@ -14,7 +14,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from kernels.backend import require
-from kernels.latent_tiles import LOG2_E, choose_splits, combine, make_partials, num_sms
+from kernels.device import num_sms
+from kernels.latent_tiles import LOG2_E, choose_splits, combine, make_partials
 from kernels.sparse_mla_decode_gluon import CONFIG, WidenConfig, place_query, require_gluon_latents, widen
 from kernels.sparse_mla_prefill_gluon import PRODUCER_REGISTERS, consume, produce
 
@@ -46,6 +47,8 @@ def dense_mla_decode_gluon(
     )
     most = page_table.shape[1] * _PAGE
     require(max_visible <= most, _OPERATION, f"max_visible {max_visible}, but the table's pages hold {most}")
+    contiguous = page_table.stride(1) == 1 or page_table.shape[1] <= 1
+    require(contiguous, _OPERATION, "a row of the page table must be contiguous")
     return _launch(
         q, latent_pages, page_table, visible, rows_per_sequence, max_visible, scale, kv_lora_rank,
         _config_for(fp8=latent_pages.dtype == torch.uint8),

@@ -70,6 +70,9 @@ def dispatch_plan(
         logits: [T, E] float32, contiguous.
         bias: [E] float32, `e_score_correction_bias`.
         first_expert, num_experts: the experts held here, e of them.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others; for `triton` E and G are powers of two.
     """
     require_triton_or_reference(backend, "dispatch_plan")
     all_experts = logits.shape[1]
@@ -79,12 +82,15 @@ def dispatch_plan(
         f"logits must be float32: {logits.dtype}",
     )
     require(
+        bias.shape == (all_experts,), "dispatch_plan", f"{tuple(bias.shape)} biases, {all_experts} experts"
+    )
+    require(
         all_experts % num_groups == 0 and all_experts // num_groups >= 2,
         "dispatch_plan",
         f"{all_experts} experts, {num_groups} groups",
     )
     require(
-        k <= topk_group * (all_experts // num_groups) and topk_group <= num_groups,
+        0 < k <= topk_group * (all_experts // num_groups) and topk_group <= num_groups,
         "dispatch_plan",
         f"{topk_group} groups of {all_experts // num_groups} have no {k} experts",
     )

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.backend import Backend, require, require_aligned, require_triton_or_reference
 from kernels.latent_tiles import LOG2_E, TileConfig
 from kernels.masked_mha import masked_mha_reference
 
@@ -38,6 +38,9 @@ def expanded_mha(
 
     Returns:
         [T, H, V] bf16; softmax in fp32. A query without any key gives zeros.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes, layouts or widths of heads are others.
     """
     require_triton_or_reference(backend, _OPERATION)
     require(q.shape[2] == k.shape[2], _OPERATION, f"query width {q.shape[2]}, key width {k.shape[2]}")
@@ -45,6 +48,12 @@ def expanded_mha(
         k.shape[:2] == v.shape[:2] and q.shape[1] == k.shape[1],
         _OPERATION,
         f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}",
+    )
+    require(
+        visible.shape == q.shape[:1] and (selected is None or selected.shape[0] == q.shape[0]),
+        _OPERATION,
+        f"{q.shape[0]} queries, {visible.shape[0]} lengths, "
+        f"choices of {q.shape[0] if selected is None else selected.shape[0]}",
     )
     if backend == "reference":
         return expanded_mha_reference(q, k, v, visible, selected, scale)
@@ -55,6 +64,12 @@ def expanded_mha(
     )
     contiguous = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
     require(contiguous, _OPERATION, "queries, keys and values must be contiguous")
+    require(
+        selected is None or selected.stride(1) == 1 or selected.shape[1] <= 1,
+        _OPERATION,
+        "rows of choices must be contiguous",
+    )
+    require_aligned(_OPERATION, keys=k, values=v)
     low, high = _parts(q.shape[2])
     require(
         high in (0, 16, 32, 64) and low >= 16 and v.shape[2] in (16, 32, 64, 128),

@@ -50,6 +50,9 @@ def expert_sum(
 
     Returns:
         [T, D].
+
+    Raises:
+        UnsupportedKernel: shapes or layouts are others, or the groups are no block of the tree.
     """
     require_triton_or_reference(backend, "expert_sum")
     require(
@@ -64,6 +67,12 @@ def expert_sum(
     )
     require(places.is_contiguous() and experts.is_contiguous(), "expert_sum", "places must be contiguous")
     require(weights.is_contiguous(), "expert_sum", "weights must be contiguous")
+    require(
+        shared is None or shared.shape == (places.shape[0], outputs.shape[1]),
+        "expert_sum",
+        f"shared is {() if shared is None else tuple(shared.shape)}, for {places.shape[0]} tokens of "
+        f"{outputs.shape[1]} channels",
+    )
     if backend == "reference":
         return expert_sum_reference(
             outputs,

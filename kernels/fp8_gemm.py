@@ -8,7 +8,6 @@ kernels of its own for both (`fp8_gemm_gluon.py`; `fp8_gemm_decode_gluon.py` bey
 Shapes: T rows, K inputs (a multiple of 128), N outputs, S splits of K.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +16,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.backend import Backend, require, require_aligned, require_triton_or_reference
+from kernels.device import is_hopper, num_sms, shared_bytes
 from kernels.fp8_gemm_decode_gluon import GluonDecode, decode_config, launch_dense
 from kernels.fp8_gemm_gluon import GluonPrefill
 from kernels.fp8_gemm_prefill import Prefill, config_on, launch_prefill, prefill_config
 from kernels.fp8_quant import FP8, dequantize_blocks, dequantize_reference
 from kernels.fp8_tiles import BLOCK, weights_by_tokens
-from kernels.latent_tiles import is_hopper
 from kernels.split_sum import is_last_part, parts_of, split_counters, sum_of_parts
-
-_SHARED_BYTES = 228 * 1024  # of a Hopper processor; 1 KiB of it goes with each program
 
 
 def fp8_gemm(
@@ -43,27 +40,31 @@ def fp8_gemm(
     Launches on one GPU must follow one another, on one stream: they share counters (`split_sum.py`).
 
     Args:
-        x: [T, K] e4m3.
+        x: [T, K] e4m3, contiguous, from a multiple of 16 bytes on.
         x_scales: [T, K / 128] float32, any strides; transposed in memory they are read fastest.
-        weight: [N, K] e4m3.
-        weight_scales: [ceil(N / 128), K / 128] float32.
+        weight: [N, K] e4m3, likewise.
+        weight_scales: [ceil(N / 128), K / 128] float32, contiguous.
 
     Returns:
         [T, N] of out_dtype, summed in fp32.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others.
     """
     _require_shapes(x, x_scales, weight, weight_scales)
     require_triton_or_reference(backend, "fp8_gemm")
     if backend == "reference":
         return fp8_gemm_reference(x, x_scales, weight, weight_scales, out_dtype=out_dtype)
-    if x.shape[0] == 0:
-        return torch.empty(0, weight.shape[0], dtype=out_dtype, device=x.device)
+    require_aligned("fp8_gemm", x=x, weight=weight)
+    if x.shape[0] == 0 or weight.shape[0] == 0:
+        return torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
     config: _Decode | GluonDecode | Prefill | GluonPrefill
-    num_sms = _num_sms(x.device)
-    config = _config_for(x.shape[0], weight.shape[0], weight.shape[1], num_sms)
+    sms = num_sms(x.device)
+    config = _config_for(x.shape[0], weight.shape[0], weight.shape[1], sms)
     if isinstance(config, Prefill):
         config = config_on(x, x_scales, out_dtype, weight.shape[0])
     elif x.shape[0] > 32 and is_hopper(x.device):
-        config = decode_config(x.shape[0], weight.shape[0], weight.shape[1], num_sms)
+        config = decode_config(x.shape[0], weight.shape[0], weight.shape[1], sms)
     return _launch(x, x_scales, weight, weight_scales, out_dtype, config)
 
 
@@ -94,6 +95,11 @@ def _require_shapes(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: 
         f"scales {tuple(x_scales.shape)} and {tuple(weight_scales.shape)} are not one a {BLOCK} of K",
     )
     require(
+        x_scales.dtype == weight_scales.dtype == torch.float32,
+        "fp8_gemm",
+        f"scales are {x_scales.dtype} and {weight_scales.dtype}, not float32",
+    )
+    require(
         x.is_contiguous() and weight.is_contiguous() and weight_scales.is_contiguous(),
         "fp8_gemm",
         "x, weight and weight_scales must be contiguous",
@@ -111,7 +117,7 @@ class _Decode(NamedTuple):
     tma: bool
 
 
-def _config_for(num_rows: int, num_outputs: int, num_inputs: int, num_sms: int) -> _Decode | Prefill:
+def _config_for(num_rows: int, num_outputs: int, num_inputs: int, sms: int) -> _Decode | Prefill:
     """What to run; benchmarks/LOG.md has the sweep this comes from."""
     if num_rows > 256:
         return prefill_config(num_inputs)
@@ -119,16 +125,11 @@ def _config_for(num_rows: int, num_outputs: int, num_inputs: int, num_sms: int) 
     outputs = 128 if tokens <= 32 and min(num_outputs, num_inputs) >= 4096 else 64
     tiles = triton.cdiv(num_outputs, outputs) * triton.cdiv(num_rows, tokens)
     # A sum over splits costs 1.4 us and more, so they are few: a program a processor, 14 blocks a program.
-    splits = max(1, min(num_sms // tiles, num_inputs // BLOCK // 14))
-    residents = 2 if tiles * splits <= 2 * num_sms else 3
-    stages = min(10, (_SHARED_BYTES // residents - 2048) // ((outputs + tokens) * BLOCK + 4 * tokens))
+    splits = max(1, min(sms // tiles, num_inputs // BLOCK // 14))
+    residents = 2 if tiles * splits <= 2 * sms else 3
+    stages = min(10, shared_bytes(residents) // ((outputs + tokens) * BLOCK + 4 * tokens))
     # Descriptors are fetched first, which few rows feel.
     return _Decode(outputs, tokens, splits, warps=4, stages=stages, tma=tokens > 32)
-
-
-@lru_cache(maxsize=16)
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(
@@ -145,7 +146,7 @@ def _launch(
     if isinstance(config, _Decode):
         _launch_decode(x, x_scales, weight, weight_scales, out, config)
     elif isinstance(config, GluonDecode):
-        launch_dense(x, x_scales, weight, weight_scales, out, config, _num_sms(x.device))
+        launch_dense(x, x_scales, weight, weight_scales, out, config, num_sms(x.device))
     else:
         launch_prefill(x, x_scales, weight, weight_scales, out, config)
     return out

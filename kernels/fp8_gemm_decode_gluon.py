@@ -24,10 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.device import shared_bytes
 from kernels.fp8_tiles import BLOCK
 from kernels.split_sum import parts_of, split_counters
-
-_SHARED_BYTES = 226 * 1024  # of a processor
 
 
 class GluonDecode(NamedTuple):
@@ -42,7 +41,7 @@ class GluonDecode(NamedTuple):
     residents: int  # programs on a processor: 2 with one group only
 
 
-def decode_config(num_rows: int, num_outputs: int, num_inputs: int, num_sms: int) -> GluonDecode:
+def decode_config(num_rows: int, num_outputs: int, num_inputs: int, sms: int) -> GluonDecode:
     """For 33 to 256 rows; from the sweep of 2026-11-22 on an H100.
 
     A sum over splits costs 1.4 us and more, so tiles are narrow rather than split, as long as all processors
@@ -52,9 +51,9 @@ def decode_config(num_rows: int, num_outputs: int, num_inputs: int, num_sms: int
     tiles = triton.cdiv(num_outputs, 64) * row_tiles
     if row_tiles > 1 and tiles >= 100 and (row_tiles > 2 or num_inputs >= 8192):
         return _filled(128, 64, 1, 1, blocks=2, residents=1)
-    if tiles < 100 or (row_tiles == 1 and tiles > 2 * num_sms):
+    if tiles < 100 or (row_tiles == 1 and tiles > 2 * sms):
         tiles = triton.cdiv(num_outputs, 32) * row_tiles
-        splits = max(1, min(num_sms // tiles, num_inputs // BLOCK // 14))
+        splits = max(1, min(sms // tiles, num_inputs // BLOCK // 14))
         return _filled(64, 32, 1, splits, blocks=2, residents=2)
     return _filled(64, 64, 1, 1, blocks=2, residents=2)
 
@@ -71,7 +70,7 @@ def _filled(
 ) -> GluonDecode:
     """With as many stages as shared memory holds."""
     stage = (tokens + outputs * groups) * BLOCK + 4 * tokens
-    stages = (_SHARED_BYTES // residents - 1024) // (blocks * stage + 16)
+    stages = shared_bytes(residents) // (blocks * stage + 16)
     return GluonDecode(tokens, outputs, groups, splits, stages, blocks, residents)
 
 
@@ -82,10 +81,10 @@ def launch_dense(
     weight_scales: Tensor,
     out: Tensor,
     config: GluonDecode,
-    num_sms: int,
+    sms: int,
 ) -> None:
     """x [T, K] by weight [N, K] into out [T, N]."""
-    _launch(x, x_scales, weight, weight_scales, None, None, out, weight.shape[0], config, num_sms)
+    _launch(x, x_scales, weight, weight_scales, None, None, out, weight.shape[0], config, sms)
 
 
 def launch_grouped(
@@ -97,12 +96,12 @@ def launch_grouped(
     rows: Tensor | None,
     out: Tensor,
     config: GluonDecode,
-    num_sms: int,
+    sms: int,
 ) -> None:
     """x [T, K] or its `rows` by weights [e, N, K] into out [R, N]."""
     num_outputs = weights.shape[1]
     flat = weights.view(-1, weights.shape[2])
-    _launch(x, x_scales, flat, weight_scales, offsets, rows, out, num_outputs, config, num_sms)
+    _launch(x, x_scales, flat, weight_scales, offsets, rows, out, num_outputs, config, sms)
 
 
 def _launch(
@@ -115,7 +114,7 @@ def _launch(
     out: Tensor,
     num_outputs: int,
     config: GluonDecode,
-    num_sms: int,
+    sms: int,
 ) -> None:
     tiles_n = triton.cdiv(num_outputs, config.outputs * config.groups)
     # Tiles of tokens, or experts.
@@ -124,7 +123,7 @@ def _launch(
     parts = parts_of(num_tiles, config.splits, config.tokens * config.outputs, x.device, "fp8_gemm")
     num_work = outer * tiles_n * config.splits
     producers = 1 if rows is None else 4
-    _decode[(min(num_work, num_sms * config.residents),)](
+    _decode[(min(num_work, sms * config.residents),)](
         _described(x, config.tokens) if rows is None else x,
         x_scales,
         _described(weight, config.outputs),

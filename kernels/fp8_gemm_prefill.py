@@ -1,5 +1,6 @@
 """`fp8_gemm` for many rows, bound by the tensor cores: tiles of tokens by outputs.
 
+The kernel here is portable; Hopper's own is chosen here and stands in `fp8_tiles_gluon.py`.
 Shapes: T rows, K inputs (a multiple of 128), N outputs.
 """
 
@@ -11,16 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.fp8_gemm_gluon import (
-    GluonPrefill,
-    fits_gluon,
-    gluon_config,
-    launch_gluon,
-    num_processors,
-    scales_fit_gluon,
-)
+from kernels.device import is_hopper, num_sms
+from kernels.fp8_gemm_gluon import GluonPrefill, fits_gluon, gluon_config, launch_gluon, scales_fit_gluon
 from kernels.fp8_tiles import BLOCK, tokens_by_weights
-from kernels.latent_tiles import is_hopper
 
 
 class Prefill(NamedTuple):
@@ -31,15 +25,14 @@ class Prefill(NamedTuple):
     warps: int
     stages: int
     tma: bool
-    specialize: bool  # one group of warps loads, two compute: while one scales its sums, the other multiplies
     group: int  # row tiles that are walked together, so that they find the weights in L2
 
 
 def prefill_config(num_inputs: int) -> Prefill:
     """The portable kernel's, from the sweep of 2026-11-22 on an H100: small tiles, but for very long sums."""
     if num_inputs > 8192:
-        return Prefill(128, "none", warps=8, stages=4, tma=True, specialize=False, group=8)
-    return Prefill(64, "none", warps=4, stages=3, tma=True, specialize=False, group=16)
+        return Prefill(128, "none", warps=8, stages=4, tma=True, group=8)
+    return Prefill(64, "none", warps=4, stages=3, tma=True, group=16)
 
 
 def config_on(
@@ -47,7 +40,7 @@ def config_on(
 ) -> Prefill | GluonPrefill:
     """The kernel for Hopper alone where it runs: there it is 1.2 to 1.4 times as fast as the portable one."""
     if is_hopper(x.device) and fits_gluon(num_outputs, out_dtype) and scales_fit_gluon(x_scales):
-        return gluon_config(x.shape[0], num_outputs, num_processors(x.device))
+        return gluon_config(x.shape[0], num_outputs, num_sms(x.device))
     return prefill_config(x.shape[1])
 
 
@@ -78,7 +71,6 @@ def launch_prefill(
         TWO_X=config.two == "tokens",
         TWO_W=config.two == "outputs",
         TMA=config.tma,
-        SPECIALIZE=config.specialize,
         GROUP=config.group,
         STAGES=config.stages,
         num_warps=config.warps,
@@ -101,7 +93,6 @@ def _prefill_kernel(
     TWO_X: tl.constexpr,
     TWO_W: tl.constexpr,
     TMA: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -142,7 +133,6 @@ def _prefill_kernel(
         TWO_W,
         TMA,
         TMA,
-        SPECIALIZE,
         STAGES,
     )
     pointers = out + t.to(tl.int64)[:, None] * N + n[None, :]

@@ -79,7 +79,6 @@ def tokens_by_weights(
     TWO_W: tl.constexpr,
     TMA_X: tl.constexpr,
     TMA_W: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Two tiles [BT, 128] of fp32: of BT tokens and the next BT (TWO_X), or of 128 outputs and the next 128
@@ -99,7 +98,7 @@ def tokens_by_weights(
         weight_pointers = weight + weight_rows[None, :] * K + inputs[:, None]
         if TWO_W:
             more_weight_pointers = weight + more_weight_rows[None, :] * K + inputs[:, None]
-    for block in tl.range(0, num_blocks, num_stages=STAGES, warp_specialize=SPECIALIZE):
+    for block in tl.range(0, num_blocks, num_stages=STAGES):
         if TMA_X:
             left = x.load([first_x_row, block * 128])  # [BT, 128]
         else:

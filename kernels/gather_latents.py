@@ -29,6 +29,9 @@ def gather_latents(
 
     Returns:
         [L, C + R] bf16, contiguous.
+
+    Raises:
+        UnsupportedKernel: pages of another format, or too few for the length.
     """
     require_triton_or_reference(backend, _OPERATION)
     page_size = latent_pages.shape[1]

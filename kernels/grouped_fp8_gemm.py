@@ -4,6 +4,7 @@
 Rows are gathered here, so nobody permutes them before. *Prefill* makes tiles of rows by outputs and finds
 each tile's expert from the offsets. *Decode* streams the weights of each expert that has rows once past
 all of them, operands swapped (`fp8_tiles.py`). Host code sees no count, so that graphs can be captured.
+Hopper has kernels of its own for both (`grouped_fp8_gluon.py`; `fp8_gemm_decode_gluon.py` beyond 16 rows).
 Shapes: T tokens, R rows (upper bound), e experts, K inputs (a multiple of 128), N outputs.
 """
 
@@ -16,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.backend import Backend, require, require_aligned, require_triton_or_reference
+from kernels.device import is_hopper, num_sms
 from kernels.fp8_gemm import fp8_gemm_reference
 from kernels.fp8_gemm_decode_gluon import GluonDecode, grouped_decode_config, launch_grouped
-from kernels.fp8_gemm_gluon import GluonPrefill, num_processors
+from kernels.fp8_gemm_gluon import GluonPrefill
 from kernels.fp8_quant import FP8
 from kernels.fp8_tiles import BLOCK, weights_by_tokens
 from kernels.grouped_fp8_prefill import Prefill, config_on, launch_prefill, prefill_config
-from kernels.latent_tiles import is_hopper
 
 
 def grouped_fp8_gemm(
@@ -42,10 +43,10 @@ def grouped_fp8_gemm(
     """Multiply each group of rows with its expert's weight.
 
     Args:
-        x: [T, K] e4m3.
+        x: [T, K] e4m3, contiguous, from a multiple of 16 bytes on.
         x_scales: [T, K / 128] float32, any strides.
-        weights: [e, N, K] e4m3.
-        weight_scales: [e, ceil(N / 128), K / 128] float32.
+        weights: [e, N, K] e4m3, likewise.
+        weight_scales: [e, ceil(N / 128), K / 128] float32, contiguous.
         offsets: [e + 1] int32, ascending; offsets[e] is the number of rows. Experts may have none.
         rows: [R] int32 or int64, the row of x behind each row of the result; None where it is x's own.
         num_rows: R, an upper bound of offsets[e]; by default all of `rows`, or of x.
@@ -53,6 +54,9 @@ def grouped_fp8_gemm(
 
     Returns:
         [R, N] of out_dtype; rows from offsets[e] on are not written.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others.
     """
     if num_rows is None:
         num_rows = (x if rows is None else rows).shape[0]
@@ -62,10 +66,11 @@ def grouped_fp8_gemm(
         return grouped_fp8_gemm_reference(
             x, x_scales, weights, weight_scales, offsets, rows, num_rows=num_rows, out_dtype=out_dtype
         )
+    require_aligned("grouped_fp8_gemm", x=x, weights=weights)
     if expected_rows is None:
-        expected_rows = triton.cdiv(num_rows, weights.shape[0])
+        expected_rows = triton.cdiv(num_rows, max(1, weights.shape[0]))
     config: _Decode | GluonDecode | Prefill | GluonPrefill
-    config = _config_for(expected_rows, gather=rows is not None)
+    config = _config_for(expected_rows)
     if isinstance(config, Prefill):
         config = config_on(x.device, out_dtype, expected_rows, weights.shape[1])
     elif expected_rows > 16 and is_hopper(x.device):
@@ -119,9 +124,25 @@ def _require_shapes(
         f"scales {tuple(x_scales.shape)} and {tuple(weight_scales.shape)} are not one a {BLOCK} of K",
     )
     require(
+        x_scales.dtype == weight_scales.dtype == torch.float32,
+        operation,
+        f"scales are {x_scales.dtype} and {weight_scales.dtype}, not float32",
+    )
+    require(
         offsets.shape == (num_experts + 1,),
         operation,
         f"offsets {tuple(offsets.shape)} are not one more than {num_experts} experts",
+    )
+    require(
+        offsets.dtype == torch.int32 and (rows is None or rows.dtype in (torch.int32, torch.int64)),
+        operation,
+        f"offsets must be int32 and rows int32 or int64, not {offsets.dtype} and "
+        f"{None if rows is None else rows.dtype}",
+    )
+    require(
+        offsets.is_contiguous() and (rows is None or rows.is_contiguous()),
+        operation,
+        "offsets and rows must be contiguous",
     )
     require(
         num_rows <= (x if rows is None else rows).shape[0],
@@ -145,7 +166,7 @@ class _Decode(NamedTuple):
     tma: bool  # of weights; rows are gathered by pointers
 
 
-def _config_for(expected_rows: int, *, gather: bool) -> _Decode | Prefill:
+def _config_for(expected_rows: int) -> _Decode | Prefill:
     """What to run; benchmarks/LOG.md has the sweep this comes from."""
     if expected_rows > 128:
         return prefill_config()
@@ -192,8 +213,8 @@ def _launch(
         )
         return out
     if isinstance(config, GluonDecode):
-        num_sms = num_processors(x.device)
-        launch_grouped(x, x_scales, weights, weight_scales, offsets, rows, out, config, num_sms)
+        sms = num_sms(x.device)
+        launch_grouped(x, x_scales, weights, weight_scales, offsets, rows, out, config, sms)
         return out
     launch_prefill(x, x_scales, weights, weight_scales, offsets, rows, out, config)
     return out

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.fp8_gemm_gluon import GluonPrefill, fits_gluon, num_processors
+from kernels.device import is_hopper, num_sms
+from kernels.fp8_gemm_gluon import GluonPrefill, fits_gluon
 from kernels.fp8_tiles import BLOCK, tokens_by_weights
 from kernels.grouped_fp8_gluon import launch_grouped_gluon
-from kernels.latent_tiles import is_hopper
 
 
 class Prefill(NamedTuple):
@@ -25,13 +25,12 @@ class Prefill(NamedTuple):
     warps: int
     stages: int
     tma: bool  # of weights, and of x where rows are its own
-    specialize: bool  # warps that load and warps that compute; where all loads are by TMA
     group: int  # row tiles that are walked together, so that they find the weights in L2
 
 
 def prefill_config() -> Prefill:
     """The portable kernel's, from the sweep of 2026-11-22 on an H100."""
-    return Prefill(128, "none", warps=8, stages=4, tma=True, specialize=False, group=8)
+    return Prefill(128, "none", warps=8, stages=4, tma=True, group=8)
 
 
 def config_on(
@@ -44,8 +43,8 @@ def config_on(
     if not (is_hopper(device) and fits_gluon(num_outputs, out_dtype)):
         return prefill_config()
     if expected_rows >= 256:
-        return GluonPrefill(256, stages=3, group=4, programs=num_processors(device))
-    return GluonPrefill(128, stages=5, group=8, programs=num_processors(device))
+        return GluonPrefill(256, stages=3, group=4, programs=num_sms(device))
+    return GluonPrefill(128, stages=5, group=8, programs=num_sms(device))
 
 
 def launch_prefill(
@@ -86,7 +85,6 @@ def launch_prefill(
         GATHER=rows is not None,
         TMA_X=tma_x,
         TMA_W=config.tma,
-        SPECIALIZE=config.specialize and tma_x,
         GROUP=config.group,
         STAGES=config.stages,
         num_warps=config.warps,
@@ -114,7 +112,6 @@ def _prefill_kernel(
     GATHER: tl.constexpr,
     TMA_X: tl.constexpr,
     TMA_W: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -170,7 +167,6 @@ def _prefill_kernel(
         TWO_W,
         TMA_X,
         TMA_W,
-        SPECIALIZE,
         STAGES,
     )
     pointers = out + r.to(tl.int64)[:, None] * N + n[None, :]

@@ -39,6 +39,9 @@ def latent_outputs(attended: Tensor, w_uv: Tensor, *, backend: Backend) -> tuple
 
     Returns:
         values [T, H * V] e4m3 and scales [T, H * V / 128] float32, stored group by group.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others, or C is no multiple of 64.
     """
     num_heads, v_head_dim, width = w_uv.shape
     require_triton_or_reference(backend, _OPERATION)

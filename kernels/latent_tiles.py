@@ -37,14 +37,6 @@ class Partials(NamedTuple):
     log_sum: Tensor
 
 
-@lru_cache(maxsize=16)
-def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of a device; an H100's where there is none (the interpreter)."""
-    if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def require_latents(operation: str, q: Tensor, pages: Tensor, kv_lora_rank: int) -> None:
     """What the kernels over pages need of queries and pages."""
     rope_dim = q.shape[2] - kv_lora_rank
@@ -70,14 +62,6 @@ def is_full_size(kv_lora_rank: int, rope_dim: int) -> bool:
     return kv_lora_rank == 512 and rope_dim == 64
 
 
-@lru_cache(maxsize=16)
-def is_hopper(device: torch.device) -> bool:
-    """Whether kernels for NVIDIA Hopper alone run here."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
 def require_prefill(operation: str, q: Tensor, latents: Tensor, positions: Tensor, kv_lora_rank: int) -> None:
     """What both kernels of prefill need of their inputs."""
     rope_dim = q.shape[2] - kv_lora_rank
@@ -92,6 +76,7 @@ def require_prefill(operation: str, q: Tensor, latents: Tensor, positions: Tenso
     require_channels(operation, kv_lora_rank, rope_dim)
 
 
+@lru_cache(maxsize=1024)  # every layer of a step asks the same, and trying all counts takes up to 30 us
 def choose_splits(programs: int, num_tiles: int, slots: int) -> int:
     """How many parts the keys are cut into.
 

@@ -58,7 +58,7 @@ def add_rms_norm_quantize(
     """Add, normalise, quantise.
 
     Args:
-        x: [T, D] bf16, or float32 where there is a residual (experts' sums).
+        x: [T, D] bf16, or float32 where there is a residual (experts' sums); channels contiguous, as in it.
         residual: [T, D] bf16, or None: x is the residual stream itself.
         weight: [D] float32.
         quantize: False leaves values and scales out (the last norm of all).
@@ -66,9 +66,16 @@ def add_rms_norm_quantize(
 
     Returns:
         NormedRows; its residual is x itself where no residual was given.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others.
     """
     require_triton_or_reference(backend, "add_rms_norm_quantize")
-    require(weight.dtype == torch.float32, "add_rms_norm_quantize", f"weight is {weight.dtype}, not float32")
+    require(
+        weight.dtype == torch.float32 and weight.shape == x.shape[1:],
+        "add_rms_norm_quantize",
+        f"weight is {weight.dtype} {tuple(weight.shape)}, not float32 {tuple(x.shape[1:])}",
+    )
     require(
         residual is not None or x.dtype == torch.bfloat16,
         "add_rms_norm_quantize",

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.backend import Backend, require, require_aligned, require_triton_or_reference
 from kernels.fp8_quant import FP8
 from kernels.index_logits import index_logits_reference
 from kernels.index_pages import read_index_keys_fp8
@@ -62,6 +62,9 @@ def paged_index_logits(
 
     Returns:
         [T, max_visible] float32, rows padded; scores at s >= visible[t] are not defined.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others; all but rows of the page table contiguous.
     """
     _check(q, index_pages, weights, page_table, visible, rows_per_sequence, max_visible)
     require_triton_or_reference(backend, _OPERATION)
@@ -79,6 +82,7 @@ def paged_index_logits(
     for size, what in ((num_heads, "heads"), (index_head_dim, "head dim")):
         require(size & (size - 1) == 0, _OPERATION, f"{what} {size} is not a power of two")
     require(index_head_dim >= 32, _OPERATION, f"head dim {index_head_dim} is below 32")
+    require_aligned(_OPERATION, pages=index_pages)
     return launch(
         q,
         index_pages,
@@ -213,7 +217,7 @@ def _check(
     require(page_table.stride(1) == 1, _OPERATION, "a row of the page table must be contiguous")
     require(weights.shape == (num_rows, num_heads), _OPERATION, f"weights are {tuple(weights.shape)}")
     require(visible.shape == (num_rows,), _OPERATION, f"visible is {tuple(visible.shape)}")
-    for tensor, name in ((q, "q"), (index_pages, "pages"), (weights, "weights")):
+    for tensor, name in ((q, "q"), (index_pages, "pages"), (weights, "weights"), (visible, "visible")):
         require(tensor.is_contiguous(), _OPERATION, f"{name} must be contiguous")
 
 

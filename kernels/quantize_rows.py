@@ -37,6 +37,9 @@ def quantize_rows(x: Tensor, *, backend: Backend) -> tuple[Tensor, Tensor]:
     Returns:
         values [T, K] e4m3, and scales [T, K / 128] float32, powers of two, stored group by group:
         stride (1, T rounded up to 4).
+
+    Raises:
+        UnsupportedKernel: width, dtype or layout are others.
     """
     require_triton_or_reference(backend, "quantize_rows")
     require(x.shape[1] % GROUP == 0, "quantize_rows", f"{x.shape[1]} channels are no groups of {GROUP}")

@@ -51,14 +51,17 @@ def query_inputs(
 
     Args:
         index_q: [T, I, D] bf16, a view of the projection: any strides but that of channels.
-        head_weights: [T, I] float32, as projected.
+        head_weights: [T, I] float32, as projected, those of a row contiguous.
         q: [T, H, N + R] bf16, a view likewise: q_nope, then q_pe.
         q_latent: [T, H, C + R] bf16; the last R channels are written, and the first C where w_uk is given.
-        cos, sin: [T, R/2] float32.
+        cos, sin: [T, R/2] float32, contiguous.
         w_uk: [H, C, N] bf16, contiguous, or None: somebody else absorbs, or nobody.
 
     Returns:
         values [T, I, D] e4m3, and head weights [T, I] float32 times I^-0.5 D^-0.5 and the head's scale.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others.
     """
     require_triton_or_reference(backend, "query_inputs")
     require(q.shape[:2] == q_latent.shape[:2], "query_inputs", f"{q.shape} and {q_latent.shape} differ")
@@ -82,12 +85,12 @@ def query_inputs(
         "the channels of a head must be contiguous",
     )
     require(
-        dim >= 16 and rope_dim >= 2 and dim & (dim - 1) == 0 == rope_dim & (rope_dim - 1),
+        dim >= max(16, rope_dim) and rope_dim >= 2 and dim & (dim - 1) == 0 == rope_dim & (rope_dim - 1),
         "query_inputs",
         f"{dim} channels, {rope_dim} of them rotated, are no powers of two",
     )
     require(
-        cos.is_contiguous() and sin.is_contiguous() and cos.shape == (len(q), rope_dim // 2),
+        cos.is_contiguous() and sin.is_contiguous() and cos.shape == sin.shape == (len(q), rope_dim // 2),
         "query_inputs",
         f"angles {tuple(cos.shape)} of {len(q)} rows",
     )
@@ -95,6 +98,11 @@ def query_inputs(
         w_uk is None or (w_uk.is_contiguous() and absorbed[1] % 16 == absorbed[2] % 16 == 0),
         "query_inputs",
         f"w_uk {absorbed} must be contiguous and of multiples of 16",
+    )
+    require(
+        len(index_q) == len(q) and head_weights.shape == index_q.shape[:2],
+        "query_inputs",
+        f"{len(index_q)} index queries and head weights {tuple(head_weights.shape)} of {len(q)} rows",
     )
     require(head_weights.dtype == torch.float32, "query_inputs", f"head weights are {head_weights.dtype}")
     require(head_weights.stride(1) == 1, "query_inputs", "the head weights of a row must be contiguous")

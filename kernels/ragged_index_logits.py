@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.backend import Backend, require, require_aligned, require_triton_or_reference
 from kernels.fp8_quant import FP8
 from kernels.index_logits import index_logits_reference
 
@@ -51,6 +51,9 @@ def ragged_index_logits(
 
     Returns:
         [T, L] float32, rows padded; scores at s >= visible[t] are not defined.
+
+    Raises:
+        UnsupportedKernel: shapes or dtypes are others, or something is not contiguous.
     """
     _check(q, keys, key_scales, weights, visible)
     require_triton_or_reference(backend, _OPERATION)
@@ -60,6 +63,7 @@ def ragged_index_logits(
     for size, what in ((num_heads, "heads"), (index_head_dim, "head dim")):
         require(size & (size - 1) == 0, _OPERATION, f"{what} {size} is not a power of two")
     require(index_head_dim >= 32, _OPERATION, f"head dim {index_head_dim} is below 32")
+    require_aligned(_OPERATION, keys=keys)
     return launch(q, keys, key_scales, weights, visible, config=config_for(q.shape[0], num_heads))
 
 
@@ -132,7 +136,13 @@ def _check(q: Tensor, keys: Tensor, key_scales: Tensor, weights: Tensor, visible
     require(weights.shape == (num_queries, num_heads), _OPERATION, f"weights are {tuple(weights.shape)}")
     require(key_scales.shape == keys.shape[:1], _OPERATION, f"key scales are {tuple(key_scales.shape)}")
     require(visible.shape == (num_queries,), _OPERATION, f"visible is {tuple(visible.shape)}")
-    for tensor, name in ((q, "q"), (keys, "keys"), (key_scales, "key scales"), (weights, "weights")):
+    for tensor, name in (
+        (q, "q"),
+        (keys, "keys"),
+        (key_scales, "key scales"),
+        (weights, "weights"),
+        (visible, "visible"),
+    ):
         require(tensor.is_contiguous(), _OPERATION, f"{name} must be contiguous")
 
 

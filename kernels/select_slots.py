@@ -9,6 +9,7 @@ What it costs on an H100, as the choice of kernel assumes (`config_for`):
 - longer rows, one program a row: the scores are read once, at the memory's rate if there are rows enough,
   else at some 60 bytes a nanosecond; before that a sample is searched, after it 4,096 candidates;
 - longer rows, few of them: the reading is shared by several programs of a first launch.
+Hopper has kernels of its own for the same ways (`select_shared_rows.py`), with 4,097 to 163,840 scores.
 """
 
 from typing import Literal, NamedTuple
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.device import is_hopper
 from kernels.select_long import mark_shares, select_from_shares, select_rows_by_sample
 from kernels.select_shared_rows import mark_parts, select_by_marks, select_from_parts, select_in_registers
 from kernels.select_threshold import (
@@ -70,14 +72,17 @@ def select_slots(
 
     Args:
         logits: [T, L] float32, rows contiguous; -inf marks what must not be selected. No NaN where visible.
-        visible: [T] any integer dtype, at most max_visible.
-        page_table: [S, max_pages] any integer dtype, to give slots; None to give positions.
+        visible: [T] any integer dtype, contiguous, at most max_visible.
+        page_table: [S, max_pages] any integer dtype, rows contiguous, to give slots; None to give positions.
         rows_per_sequence: n.
         k: how many to select; rows with fewer finite scores select all of them.
         max_visible: a bound known to the host, at most L.
 
     Returns:
         [T, k] int32: in ascending order of position, then -1.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others, or k is above 4,096.
     """
     _check(logits, visible, page_table, rows_per_sequence, k, max_visible)
     require_triton_or_reference(backend, _OPERATION)
@@ -93,9 +98,7 @@ def select_slots(
         rows_per_sequence=rows_per_sequence,
         k=k,
         max_visible=max_visible,
-        config=config_for(
-            logits.shape[0], max_visible, k, nvidia=logits.is_cuda and torch.version.hip is None
-        ),
+        config=config_for(logits.shape[0], max_visible, k, nvidia=is_hopper(logits.device)),
     )
 
 
@@ -119,7 +122,8 @@ def select_slots_reference(
 
 
 def config_for(num_rows: int, max_visible: int, k: int, *, nvidia: bool = False) -> Config:
-    """What the sweep of 2026-11-22 on an H100 found best; `nvidia`: where inline PTX can be had."""
+    """What the sweep of 2026-11-22 on an H100 found best; `nvidia`: among the kernels of
+    `select_shared_rows.py` too, whose dependent launches want Hopper."""
     if nvidia and k <= 2048 and 4096 < max_visible <= MOST_MARKED:
         return _nvidia_config(num_rows, max_visible)
     return _portable_config(num_rows, max_visible, k)
@@ -328,6 +332,7 @@ def _check(
     require(k > 0, _OPERATION, f"k must be positive, not {k}")
     require(rows_per_sequence > 0, _OPERATION, f"{rows_per_sequence} rows per sequence")
     require(visible.shape == (num_rows,), _OPERATION, f"visible is {tuple(visible.shape)}")
+    require(visible.is_contiguous(), _OPERATION, "visible must be contiguous")
     require(
         max_visible <= logits.shape[1],
         _OPERATION,

@@ -4,6 +4,7 @@ All heads share one key a token, [c | k_pe], and its first part c is the value t
     out[t, h] = sum_s softmax_s(scale * q[t, h] . latent[s]) * c[s]      s over the slots of row t
 Few queries do not fill a GPU, so each one's slots are split over programs, which leave partial results that a
 second kernel combines, always in the same order. Pages are FP8 records or bf16 (kernels/latent_pages.py).
+On Hopper, full-size FP8 records have a kernel of their own (`sparse_mla_decode_gluon.py`).
 Shapes: T queries, H heads, K slots a query, C kv_lora_rank, R rotated channels, P pages.
 """
 
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.device import is_hopper, num_sms
 from kernels.latent_pages import unpack_latents_reference
 from kernels.latent_tiles import (
     LOG2_E,
@@ -21,9 +23,7 @@ from kernels.latent_tiles import (
     choose_splits,
     combine,
     is_full_size,
-    is_hopper,
     make_partials,
-    num_sms,
     read_query,
     read_tile,
     require_latents,
@@ -48,6 +48,9 @@ def sparse_mla_decode(
 
     Returns:
         [T, H, C] bf16; softmax in fp32.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others.
     """
     require_triton_or_reference(backend, _OPERATION)
     require_latents(_OPERATION, q, latent_pages, kv_lora_rank)
@@ -59,7 +62,7 @@ def sparse_mla_decode(
     fp8 = latent_pages.dtype == torch.uint8
     if fp8 and is_full_size(kv_lora_rank, q.shape[2] - kv_lora_rank) and is_hopper(q.device):
         return sparse_mla_decode_gluon(q, latent_pages, slots, scale, kv_lora_rank)
-    config = _config_for(q.shape[0], q.shape[1], kv_lora_rank, fp8=fp8)
+    config = _config_for(q.shape[1], fp8=fp8)
     return _launch(q, latent_pages, slots, scale, kv_lora_rank, config)
 
 
@@ -73,7 +76,7 @@ def sparse_mla_decode_reference(
     return sparse_mla_reference(q, read, slots.long(), scale, kv_lora_rank)
 
 
-def _config_for(num_rows: int, num_heads: int, kv_lora_rank: int, *, fp8: bool) -> TileConfig:
+def _config_for(num_heads: int, *, fp8: bool) -> TileConfig:
     """64 heads fill the tensor cores' rows and, with 512 channels, the registers of 8 warps.
 
     Fewer heads wait for memory: small tiles, of which several fit an SM.

@@ -20,14 +20,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from kernels.backend import require
+from kernels.backend import require, require_aligned
+from kernels.device import num_sms
 from kernels.latent_tiles import (
     LOG2_E,
     choose_splits,
     combine,
     is_full_size,
     make_partials,
-    num_sms,
     require_latents,
 )
 from kernels.sparse_mla_prefill_gluon import consume, count_tiles, slots_of
@@ -62,7 +62,9 @@ def sparse_mla_decode_gluon(
 
 
 def require_gluon_latents(operation: str, q: Tensor, pages: Tensor, kv_lora_rank: int) -> None:
+    """What both kernels of decode in Gluon need of queries and pages."""
     require_latents(operation, q, pages, kv_lora_rank)
+    require_aligned(operation, pages=pages)
     require(q.dtype == torch.bfloat16, operation, f"queries must be bfloat16, not {q.dtype}")
     require(
         is_full_size(kv_lora_rank, q.shape[2] - kv_lora_rank),

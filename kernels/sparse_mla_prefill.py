@@ -2,6 +2,7 @@
 
 The same sum as `sparse_mla_decode`; many queries fill the GPU, so nothing is split, and latents were widened
 once for all queries by `gather_latents`, so tiles go from memory to the tensor cores as they are.
+On Hopper, full size has a kernel of its own (`sparse_mla_prefill_gluon.py`).
 Shapes: T queries, H heads, K positions a query, L keys, C kv_lora_rank, R rotated channels.
 """
 
@@ -11,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
+from kernels.device import is_hopper
 from kernels.latent_tiles import (
     LOG2_E,
     TileConfig,
     attend_tile,
     is_full_size,
-    is_hopper,
     read_query,
     read_tile,
     require_prefill,
@@ -41,6 +42,9 @@ def sparse_mla_prefill(
 
     Returns:
         [T, H, C] bf16; softmax in fp32.
+
+    Raises:
+        UnsupportedKernel: shapes, dtypes or layouts are others.
     """
     require_triton_or_reference(backend, _OPERATION)
     require_prefill(_OPERATION, q, latents, positions, kv_lora_rank)

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.backend import require
+from kernels.backend import require, require_aligned
 from kernels.latent_tiles import LOG2_E, require_prefill
 
 _OPERATION = "sparse_mla_prefill_gluon"
@@ -35,6 +35,7 @@ def sparse_mla_prefill_gluon(
     """Attend to chosen positions; arguments and result as in `sparse_mla_prefill`, bf16 only."""
     require_prefill(_OPERATION, q, latents, positions, kv_lora_rank)
     require(q.dtype == torch.bfloat16, _OPERATION, f"queries must be bfloat16, not {q.dtype}")
+    require_aligned(_OPERATION, latents=latents)
     rope_dim = q.shape[2] - kv_lora_rank
     require(
         kv_lora_rank <= 512 and rope_dim <= 64,

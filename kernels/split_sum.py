@@ -20,7 +20,13 @@ MAX_TILES = 16384
 @lru_cache(maxsize=16)
 def split_counters(device: torch.device) -> Tensor:
     """[MAX_TILES] int32 zeros that all launches on a device share, so those that split sums must follow one
-    another on one stream. Made at the first call, which must not be inside the capture of a graph."""
+    another on one stream. Made at the first call, which must not be inside the capture of a graph: their
+    memory would be the graph's, and zeroed by its replays alone."""
+    require(
+        device.type != "cuda" or not torch.cuda.is_current_stream_capturing(),
+        "split_sum",
+        "launch once before a graph is captured, so that its counters exist",
+    )
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 

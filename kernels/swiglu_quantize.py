@@ -38,6 +38,9 @@ def swiglu_quantize(
 
     Returns:
         values [R, I] e4m3 and scales [R, I / 128] float32, powers of two, stored group by group.
+
+    Raises:
+        UnsupportedKernel: width, dtype or layout are others.
     """
     require_triton_or_reference(backend, "swiglu_quantize")
     require(

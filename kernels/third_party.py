@@ -77,7 +77,7 @@ def deep_gemm_grouped_fp8_gemm(
     places = torch.arange(max_rows, device=x.device) + offsets[:-1].unsqueeze(1)  # [e, max_rows]
     source = places.clamp_max(num_rows - 1)
     if rows is not None:
-        source = rows[source]
+        source = rows[source].clamp_(0, x.shape[0] - 1)  # behind the last expert's rows may stand anything
     padded = torch.empty(num_experts, max_rows, num_outputs, dtype=torch.bfloat16, device=x.device)
     scales = x_scales.t()[:, source].transpose(0, 1).contiguous().transpose(1, 2)  # group by group again
     library.fp8_m_grouped_gemm_nt_masked(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 PAGE_SIZE = 64  # tokens a page; the planar index page fixes it
+MAX_DECODE_ROWS = 4  # that a sequence contributes while it decodes: its last token and three drafts
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,24 @@ class Segment:
     @property
     def num_rows(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Rows that go through the paged kernels together: n of each of S sequences, T = S * n.
+
+    Attributes:
+        rows: which of the batch's.
+        page_table: [S, max_pages]; visible: [T].
+        rows_per_sequence: n.
+        max_visible: the longest context among them, known to the host.
+    """
+
+    rows: slice | Tensor
+    page_table: Tensor
+    visible: Tensor
+    rows_per_sequence: int
+    max_visible: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,11 @@ class ForwardInputs:
         """[T] int64: how many keys each row sees."""
         return self.positions + 1
 
+    @cached_property
+    def decode_rows(self) -> DecodeRows | None:
+        """Rows of sequences with at most `MAX_DECODE_ROWS`, or None where there are none."""
+        return _decode_rows(self)
+
     @property
     def num_rows(self) -> int:
         return len(self.token_ids)
@@ -99,3 +123,23 @@ class ForwardInputs:
         offsets = torch.arange(PAGE_SIZE, device=self.slots.device)
         slots = self.pages_of(sequence).unsqueeze(1) * PAGE_SIZE + offsets
         return slots.flatten()[: self.segments[sequence].kv_len]
+
+
+def _decode_rows(inputs: ForwardInputs) -> DecodeRows | None:
+    chosen = [i for i, segment in enumerate(inputs.segments) if segment.num_rows <= MAX_DECODE_ROWS]
+    if not chosen:
+        return None
+    segments = [inputs.segments[i] for i in chosen]
+    longest = max(segment.kv_len for segment in segments)
+    counts = {segment.num_rows for segment in segments}
+    neighbours = chosen[-1] - chosen[0] + 1 == len(chosen)
+    if len(counts) == 1 and neighbours:
+        rows = slice(segments[0].start, segments[-1].stop)
+        table = inputs.page_table[chosen[0] : chosen[-1] + 1]
+        return DecodeRows(rows, table, inputs.visible[rows], counts.pop(), longest)
+    device = inputs.slots.device
+    places = [row for segment in segments for row in range(segment.start, segment.stop)]
+    owners = [i for i, segment in zip(chosen, segments, strict=True) for _ in range(segment.num_rows)]
+    rows_T = torch.tensor(places).to(device, non_blocking=True)
+    table = inputs.page_table[torch.tensor(owners).to(device, non_blocking=True)]
+    return DecodeRows(rows_T, table, inputs.visible[rows_T], 1, longest)

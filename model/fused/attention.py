@@ -33,9 +33,8 @@ from model.checkpoint import Weights
 from model.config import ModelConfig
 from model.fused.feed_forward import Quantized
 from model.fused.operations import Operations
-from model.fused.rows import MAX_DECODE_ROWS, DecodeRows, decode_rows
 from model.fused.weights import Fp8Matrix, padded
-from model.inputs import PAGE_SIZE, ForwardInputs
+from model.inputs import MAX_DECODE_ROWS, PAGE_SIZE, DecodeRows, ForwardInputs
 from model.pages import LayerPages
 
 _TILE_SCORES = 1 << 28  # [rows, keys] fp32 scores of a prompt alive at once: 1 GiB
@@ -143,7 +142,7 @@ class FusedAttention:
         """[T, H * V], quantised: decode rows together, every longer run of rows by itself."""
         config, backend = self._config, self._backend
         prompts = [i for i, segment in enumerate(inputs.segments) if segment.num_rows > MAX_DECODE_ROWS]
-        decoding = decode_rows(inputs)
+        decoding = inputs.decode_rows
         positions = queries.absorbed.new_empty(0)
         if selected is not None:
             positions = torch.full(

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,10 +113,18 @@ def test_refusals(generator: torch.Generator) -> None:
         (DEMO, pages[0][:, :, 4:], pages[1], projected, "do not fit"),
         (DEMO, pages[0], full[1], projected, "do not fit|differ"),
         (DEMO, *pages, projected.float(), "not bf16"),
-        (wide, *empty_pages(wide, False, 1, CPU), projected, "powers of two|must be"),
+        (wide, *empty_pages(wide, False, 1, CPU), projected[:, :1].expand(2, wide.width), "contiguous"),
+        (wide, *empty_pages(wide, False, 1, CPU), projected.new_zeros(2, wide.width), "powers of two"),
+        (DEMO, *pages, projected[:1], "is not 2 rows"),
+        (DEMO, *pages, projected[:, :-1], f"of {DEMO.width} channels"),
     ):
         with pytest.raises(UnsupportedKernel, match=rule):
             attention_inputs(x, columns, norms, angles, angles, slots, latents, keys, EPS, backend="triton")
+    short = replace(norms, kv=norms.kv[:64])
+    with pytest.raises(UnsupportedKernel, match=r"norms of \(128, 64, 64, 64\)"):
+        attention_inputs(projected, DEMO, short, angles, angles, slots, *pages, EPS, backend="triton")
+    with pytest.raises(UnsupportedKernel, match="norms must be float32"):
+        replace(norms, q=norms.q.bfloat16())
 
 
 @pytest.mark.parametrize("num_rows", [128, 4096])

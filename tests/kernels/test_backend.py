@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.backend import UnsupportedKernel, require, require_reference, require_torch
+from kernels.backend import UnsupportedKernel, require, require_aligned, require_reference, require_torch
 
 
 def test_a_broken_rule_names_the_operation() -> None:
@@ -14,6 +14,13 @@ def test_a_kept_rule_is_silent() -> None:
     require_reference("reference", "topk")
     require_torch("reference", "topk")
     require_torch("deterministic", "topk")
+
+
+def test_what_is_fetched_by_16_bytes_begins_at_a_multiple_of_them() -> None:
+    numbers = torch.zeros(32)
+    require_aligned("fp8_gemm", x=numbers, weight=numbers[4:])
+    with pytest.raises(UnsupportedKernel, match=r"^fp8_gemm: weight must begin at a multiple of 16 bytes$"):
+        require_aligned("fp8_gemm", x=numbers, weight=numbers[1:])
 
 
 def test_another_backend_is_refused_and_never_replaced() -> None:

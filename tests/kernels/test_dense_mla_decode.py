@@ -69,6 +69,9 @@ def test_refusals(generator: torch.Generator) -> None:
         call(q, 1, 65)
     with pytest.raises(UnsupportedKernel, match="must be bfloat16"):
         call(q, 1, 64)
+    table = torch.zeros(2, 2, dtype=torch.int32).t()
+    with pytest.raises(UnsupportedKernel, match="a row of the page table must be contiguous"):
+        call(q, 1, 64)
 
 
 @pytest.mark.parametrize("fp8", [True, False])

@@ -18,6 +18,9 @@ def test_refusals() -> None:
         dense_mla_decode_gluon(q, pages, table, visible, rows_per_sequence=2, max_visible=64, **options)
     with pytest.raises(UnsupportedKernel, match="the table's pages hold 64"):
         dense_mla_decode_gluon(q, pages, table, visible, rows_per_sequence=1, max_visible=65, **options)
+    shifted = torch.zeros(pages.numel() + 1, dtype=pages.dtype)[1:].view(pages.shape)
+    with pytest.raises(UnsupportedKernel, match="pages must begin at a multiple of 16 bytes"):
+        dense_mla_decode_gluon(q, shifted, table, visible, rows_per_sequence=1, max_visible=64, **options)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

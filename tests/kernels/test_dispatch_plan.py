@@ -112,6 +112,10 @@ def test_refusals() -> None:
         dispatch_plan(logits.bfloat16(), bias, **DEMO, **options)
     with pytest.raises(UnsupportedKernel, match="have no 17 experts"):
         dispatch_plan(logits, bias, **(DEMO | {"k": 17}), **options)
+    with pytest.raises(UnsupportedKernel, match="have no 0 experts"):
+        dispatch_plan(logits, bias, **(DEMO | {"k": 0}), **options)
+    with pytest.raises(UnsupportedKernel, match=r"\(31,\) biases, 32 experts"):
+        dispatch_plan(logits, bias[:31], **DEMO, **options)
     with pytest.raises(UnsupportedKernel, match="not among"):
         dispatch_plan(logits, bias, **DEMO, **(options | {"first_expert": 4}))
     with pytest.raises(UnsupportedKernel, match="powers of two"):

@@ -75,6 +75,16 @@ def test_refusals() -> None:
         expanded_mha(q.float(), q.float(), v.float(), visible, None, 1.0, backend="triton")
     with pytest.raises(UnsupportedKernel, match="no heads of 64 and 24 channels"):
         expanded_mha(q, q, v[..., :24].contiguous(), visible, None, 1.0, backend="triton")
+    with pytest.raises(UnsupportedKernel, match="2 queries, 1 lengths"):
+        expanded_mha(q, q, v, visible[:1], None, 1.0, backend="triton")
+    chosen = torch.zeros(2, 6, dtype=torch.int32)
+    with pytest.raises(UnsupportedKernel, match="choices of 1"):
+        expanded_mha(q, q, v, visible, chosen[:1], 1.0, backend="triton")
+    with pytest.raises(UnsupportedKernel, match="rows of choices must be contiguous"):
+        expanded_mha(q, q, v, visible, chosen[:, ::2], 1.0, backend="triton")
+    shifted = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    with pytest.raises(UnsupportedKernel, match="keys must begin at a multiple of 16 bytes"):
+        expanded_mha(q, shifted, v, visible, None, 1.0, backend="triton")
 
 
 @pytest.mark.parametrize("masked", [False, True])

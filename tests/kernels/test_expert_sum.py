@@ -80,14 +80,18 @@ def test_interpreted_parts_make_the_whole(
 
 def test_refusals(generator: torch.Generator) -> None:
     rows = rows_of(2, 4, 128, 32, generator)
-    for first_group, num_groups in ((0, 3), (2, 4), (0, 0)):
-        with pytest.raises(UnsupportedKernel, match="no block of the tree"):
+    cases: list[tuple[int, int, Tensor | None, str]] = [
+        *((first, num, None, "no block of the tree") for first, num in ((0, 3), (2, 4), (0, 0))),
+        (0, 8, torch.zeros(1, 32), r"shared is \(1, 32\), for 2 tokens"),
+    ]
+    for first_group, num_groups, shared, rule in cases:
+        with pytest.raises(UnsupportedKernel, match=rule):
             expert_sum(
                 *rows,
                 group_size=4,
                 first_group=first_group,
                 num_groups=num_groups,
-                shared=None,
+                shared=shared,
                 dtype=torch.float32,
                 backend="triton",
             )

@@ -28,7 +28,7 @@ FULL_SIZE = [
 ROWS = [1, 4, 16, 32, 64, 128, 192, 256, 257, 4096]
 
 MODULES = kernels.fp8_gemm, kernels.fp8_gemm_prefill, kernels.fp8_tiles, kernels.split_sum
-PREFILL = Prefill(64, "none", warps=4, stages=2, tma=False, specialize=False, group=2)
+PREFILL = Prefill(64, "none", warps=4, stages=2, tma=False, group=2)
 DECODE = _Decode(64, 16, 2, warps=4, stages=2, tma=False)
 
 
@@ -98,10 +98,13 @@ def test_scales_by_rows_and_more_splits_than_blocks(generator: torch.Generator) 
     assert relative_error(found, product(x, x_scales, weight, weight_scales)) < 1e-6
 
 
-def test_nothing(generator: torch.Generator) -> None:
-    for given in (operands(0, 64, 128, generator),):
-        assert fp8_gemm(*given, backend="reference").shape == (0, 64)
-        assert _launch(*given, torch.bfloat16, DECODE).shape == (0, 64)
+@pytest.mark.parametrize(("num_rows", "num_outputs"), [(0, 64), (3, 0), (300, 0)])
+def test_nothing(num_rows: int, num_outputs: int, generator: torch.Generator) -> None:
+    given = operands(num_rows, num_outputs, 128, generator)
+    assert fp8_gemm(*given, backend="triton").shape == (num_rows, num_outputs)
+    assert _launch(*given, torch.bfloat16, DECODE).shape == (num_rows, num_outputs)
+    if num_outputs:
+        assert fp8_gemm(*given, backend="reference").shape == (0, num_outputs)
 
 
 def test_refusals(generator: torch.Generator) -> None:
@@ -112,6 +115,11 @@ def test_refusals(generator: torch.Generator) -> None:
         fp8_gemm(x[:, :192], x_scales, weight[:, :192], weight_scales, backend="triton")
     with pytest.raises(UnsupportedKernel, match=r"^fp8_gemm: scales "):
         fp8_gemm(x, x_scales[:, :1], weight, weight_scales, backend="triton")
+    with pytest.raises(UnsupportedKernel, match=r"^fp8_gemm: scales are .*, not float32$"):
+        fp8_gemm(x, x_scales.bfloat16(), weight, weight_scales, backend="triton")
+    shifted = torch.zeros(2 * 256 + 8, dtype=x.dtype)[8:].view(2, 256)
+    with pytest.raises(UnsupportedKernel, match=r"^fp8_gemm: x must begin at a multiple of 16 bytes$"):
+        fp8_gemm(shifted, x_scales, weight, weight_scales, backend="triton")
     with pytest.raises(UnsupportedKernel, match=r"contiguous$"):
         fp8_gemm(x[::2], x_scales[::2], weight.t().contiguous().t(), weight_scales, backend="triton")
     with pytest.raises(UnsupportedKernel, match=r"^fp8_gemm: has no 'deterministic'"):
@@ -146,7 +154,6 @@ def compiled(config: _Decode | Prefill) -> Compiled:
             "TWO_X": config.two == "tokens",
             "TWO_W": config.two == "outputs",
             "TMA": config.tma,
-            "SPECIALIZE": config.specialize,
             "GROUP": config.group,
             "STAGES": config.stages,
             "x_scale_stride_t": 1,

@@ -16,7 +16,7 @@ from tests.kernels.compiled import Compiled, compile_for_hopper
 FULL_SIZE = [(4096, 7168), (7168, 2048)]
 EXPECTED_ROWS = [1, 4, 8, 16, 32, 64, 96, 128, 129, 256, 8192]
 MODULES = kernels.grouped_fp8_gemm, kernels.grouped_fp8_prefill, kernels.fp8_tiles
-PREFILL = Prefill(64, "none", warps=4, stages=2, tma=False, specialize=False, group=2)
+PREFILL = Prefill(64, "none", warps=4, stages=2, tma=False, group=2)
 DECODE = _Decode(64, 16, warps=4, stages=2, tma=False)
 
 
@@ -93,6 +93,12 @@ def test_no_rows_at_all(config: Any, generator: torch.Generator) -> None:
     assert _launch(*nobody, 5, torch.float32, config).isnan().all()
 
 
+def test_no_experts(generator: torch.Generator) -> None:
+    x, x_scales, weights, weight_scales, offsets, _ = operands([5], 64, 128, False, generator)
+    given = x, x_scales, weights[:0], weight_scales[:0], offsets[:1], None
+    assert grouped_fp8_gemm(*given, backend="triton").shape == (5, 64)
+
+
 def test_refusals(generator: torch.Generator) -> None:
     x, x_scales, weights, weight_scales, offsets, rows = operands([2, 3], 64, 256, True, generator)
     with pytest.raises(UnsupportedKernel, match=r"is not e4m3 by e4m3$"):
@@ -101,6 +107,16 @@ def test_refusals(generator: torch.Generator) -> None:
         grouped_fp8_gemm(x, x_scales[:, :1], weights, weight_scales, offsets, rows, backend="triton")
     with pytest.raises(UnsupportedKernel, match=r"offsets \(2,\) are not one more than 2 experts$"):
         grouped_fp8_gemm(x, x_scales, weights, weight_scales, offsets[:2], rows, backend="triton")
+    with pytest.raises(UnsupportedKernel, match=r"offsets must be int32"):
+        grouped_fp8_gemm(x, x_scales, weights, weight_scales, offsets.long(), rows, backend="triton")
+    assert rows is not None
+    with pytest.raises(UnsupportedKernel, match=r"offsets and rows must be contiguous$"):
+        grouped_fp8_gemm(x, x_scales, weights, weight_scales, offsets, rows[::2], backend="triton")
+    with pytest.raises(UnsupportedKernel, match=r"scales are .*, not float32$"):
+        grouped_fp8_gemm(x, x_scales, weights, weight_scales.half(), offsets, rows, backend="triton")
+    shifted = torch.zeros(x.numel() + 8, dtype=x.dtype)[8:].view(x.shape)
+    with pytest.raises(UnsupportedKernel, match=r"x must begin at a multiple of 16 bytes$"):
+        grouped_fp8_gemm(shifted, x_scales, weights, weight_scales, offsets, rows, backend="triton")
     with pytest.raises(UnsupportedKernel, match=r"9 rows are more than are given$"):
         grouped_fp8_gemm(x, x_scales, weights, weight_scales, offsets, rows, num_rows=9, backend="triton")
     with pytest.raises(UnsupportedKernel, match=r"has no 'deterministic'"):
@@ -133,7 +149,6 @@ def compiled(config: _Decode | Prefill, gather: bool) -> Compiled:
             "TWO_X": config.two == "tokens",
             "TWO_W": config.two == "outputs",
             "TMA_X": tma_x,
-            "SPECIALIZE": config.specialize and tma_x,
             "GROUP": config.group,
             "STAGES": config.stages,
         },
@@ -141,7 +156,7 @@ def compiled(config: _Decode | Prefill, gather: bool) -> Compiled:
     )
 
 
-CASES = sorted({(_config_for(n, gather=g), g) for n in EXPECTED_ROWS for g in (False, True)}, key=str)
+CASES = sorted({(_config_for(n), g) for n in EXPECTED_ROWS for g in (False, True)}, key=str)
 
 
 @pytest.mark.parametrize(("config", "gather"), CASES, ids=str)

@@ -90,6 +90,8 @@ def test_refusals() -> None:
         add_rms_norm_quantize(x, x[:1], weight, EPS, keep_normed=False, backend="triton")
     with pytest.raises(UnsupportedKernel, match="not float32"):
         add_rms_norm_quantize(x, None, weight.bfloat16(), EPS, keep_normed=False, backend="triton")
+    with pytest.raises(UnsupportedKernel, match=r"weight is torch.float32 \(128,\), not"):
+        add_rms_norm_quantize(x, None, weight[:128], EPS, keep_normed=False, backend="triton")
     with pytest.raises(UnsupportedKernel, match="groups of 128"):
         add_rms_norm_quantize(x[:, :100], None, weight[:100], EPS, keep_normed=False, backend="triton")
 

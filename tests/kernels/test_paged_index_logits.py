@@ -98,6 +98,7 @@ def test_nothing_to_do() -> None:
 
 def test_refusals() -> None:
     right = inputs([5, 70], 1, 8, 32)
+    shifted = torch.zeros(right[1].numel() + 8, dtype=torch.uint8)[8:].view(right[1].shape)
     for position, wrong, message in [
         (0, right[0].float(), "not e4m3"),
         (1, right[1][:, :100].contiguous(), "pages are 100"),
@@ -105,6 +106,8 @@ def test_refusals() -> None:
         (3, right[3][:1], "1 sequences of 1"),
         (3, right[3][:, :1], "hold fewer"),
         (4, right[4][:1], "visible is"),
+        (4, right[4][:1].expand(2), "visible must be contiguous"),
+        (1, shifted, "pages must begin at a multiple of 16 bytes"),
         (0, right[0].transpose(0, 1).contiguous().transpose(0, 1), "contiguous"),
     ]:
         arguments = [wrong if i == position else tensor for i, tensor in enumerate(right)]

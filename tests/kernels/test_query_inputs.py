@@ -86,6 +86,10 @@ def test_refusals() -> None:
         query_inputs(q, weights, q[:, :4], q_latent, angles, angles, backend="triton")
     with pytest.raises(UnsupportedKernel, match=r"w_uk must be \(8, 64, 32\), not \(8, 32, 64\)"):
         query_inputs(q, weights, q, q_latent, angles, angles, w_uk.transpose(1, 2), backend="triton")
+    with pytest.raises(UnsupportedKernel, match=r"head weights \(2, 4\)"):
+        query_inputs(q, weights[:, :4], q, q_latent, angles, angles, backend="triton")
+    with pytest.raises(UnsupportedKernel, match="1 index queries"):
+        query_inputs(q[:1], weights, q, q_latent, angles, angles, backend="triton")
 
 
 def compiled(num_rows: int, *, absorb: bool) -> Compiled:

@@ -93,12 +93,15 @@ def test_a_configuration_has_enough_columns(num_queries: int, num_heads: int) ->
 
 def test_refusals() -> None:
     q, keys, scales, weights, visible = inputs(2, 5, 8, 32)
+    shifted = torch.zeros(keys.numel() + 8, dtype=keys.dtype)[8:].view(keys.shape)
     for wrong, message in [
         ((q.float(), keys, scales, weights, visible), "not e4m3"),
         ((q, keys[:, :16].contiguous(), scales, weights, visible), "keys of 16"),
         ((q, keys, scales[:3], weights, visible), "key scales are"),
         ((q, keys, scales, weights[:, :3], visible), "weights are"),
         ((q, keys, scales, weights, visible[:1]), "visible is"),
+        ((q, keys, scales, weights, visible[:1].expand(2)), "visible must be contiguous"),
+        ((q, shifted, scales, weights, visible), "keys must begin at a multiple of 16 bytes"),
         ((q.transpose(0, 1).contiguous().transpose(0, 1), keys, scales, weights, visible), "contiguous"),
         (inputs(2, 5, 6, 32), "heads 6"),
         (inputs(2, 5, 8, 48), "head dim 48"),

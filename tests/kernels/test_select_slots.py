@@ -162,6 +162,7 @@ def test_refusals() -> None:
         ({"logits": torch.zeros(4, 100, dtype=torch.float64)}, "float64"),
         ({"logits": torch.zeros(100, 4).t()}, "contiguous"),
         ({"visible": torch.zeros(3)}, "visible is"),
+        ({"visible": torch.tensor(5).expand(4)}, "visible must be contiguous"),
         ({"page_table": torch.zeros(1, 2)}, "a page table of"),
         ({"page_table": torch.zeros(2, 1)}, "a page table of"),
         ({"page_table": torch.zeros(2, 2).t()}, "contiguous"),

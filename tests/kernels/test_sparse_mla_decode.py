@@ -124,7 +124,7 @@ def compiled(config: TileConfig, fp8: bool, split: bool) -> Compiled:
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("num_heads", [128, 64, 16, 8])
 def test_compiled_for_hopper(num_heads: int, fp8: bool, split: bool) -> None:
-    config = module._config_for(32, num_heads, 512, fp8=fp8)
+    config = module._config_for(num_heads, fp8=fp8)
     made = compiled(config, fp8, split)
     assert made.shared <= 227 * 1024
     assert made.cp_async > 0

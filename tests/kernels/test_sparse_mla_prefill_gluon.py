@@ -17,6 +17,9 @@ def test_refusals() -> None:
         sparse_mla_prefill_gluon(q, latents, positions[:1], SCALE, 128)
     with pytest.raises(UnsupportedKernel, match="must be bfloat16"):
         sparse_mla_prefill_gluon(q, latents, positions, SCALE, 128)
+    q, shifted = q.bfloat16(), torch.zeros(9 * 160 + 1, dtype=torch.bfloat16)[1:].view(9, 160)
+    with pytest.raises(UnsupportedKernel, match="latents must begin at a multiple of 16 bytes"):
+        sparse_mla_prefill_gluon(q, shifted, positions, SCALE, 128)
 
 
 def test_compiled_for_hopper() -> None:

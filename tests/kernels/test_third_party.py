@@ -56,9 +56,10 @@ def test_grouped_rows_are_copied_apart_and_back(
     weights = torch.randn(4, 128, 256, generator=generator).to(FP8)
     weight_scales = torch.rand(4, 1, 2, generator=generator)
     offsets = torch.tensor([0, 3, 3, 8, 9], dtype=torch.int32)
-    rows = torch.tensor([4, 0, 8, 1, 1, 2, 7, 5, 3], dtype=torch.int32) if gathered else None
+    # Nobody wrote the last two: they belong to experts elsewhere.
+    rows = torch.tensor([4, 0, 8, 1, 1, 2, 7, 5, 3, 1 << 30, -5], dtype=torch.int32) if gathered else None
     out = third_party.deep_gemm_grouped_fp8_gemm(
         x, x_scales, weights, weight_scales, offsets, rows, max_rows=8, expected_rows=2
     )
     expected = grouped_fp8_gemm_reference(x, x_scales, weights, weight_scales, offsets, rows, num_rows=9)
-    assert torch.equal(out, expected)
+    assert torch.equal(out[:9], expected)

@@ -17,7 +17,6 @@ from model.checkpoint import Checkpoint, Weights
 from model.decoder import Decoder, Trace
 from model.fused.feed_forward import FusedExperts
 from model.fused.layer import FusedLayer
-from model.fused.rows import decode_rows
 from model.fused.weights import Fp8Matrix
 from model.inputs import ForwardInputs
 from model.moe import Done
@@ -139,17 +138,17 @@ def test_rows_together_are_rows_alone(oracle: dict[str, Tensor]) -> None:
 
 def test_which_rows_decode_together() -> None:
     pages = [[0], [1], [2], [3]]
-    alike = decode_rows(ForwardInputs.build([[1, 2], [3, 4]], [0, 5], pages[:2]))
+    alike = ForwardInputs.build([[1, 2], [3, 4]], [0, 5], pages[:2]).decode_rows
     assert alike is not None
     assert (alike.rows, alike.rows_per_sequence, alike.max_visible) == (slice(0, 4), 2, 7)
-    mixed = decode_rows(ForwardInputs.build([[1], list(range(5)), [2, 3], [4]], [3, 0, 8, 0], pages))
+    mixed = ForwardInputs.build([[1], list(range(5)), [2, 3], [4]], [3, 0, 8, 0], pages).decode_rows
     assert mixed is not None
     assert isinstance(mixed.rows, Tensor)
     assert mixed.rows.tolist() == [0, 6, 7, 8]
     assert (mixed.rows_per_sequence, mixed.max_visible) == (1, 10)
     assert mixed.page_table[:, 0].tolist() == [0, 2, 2, 3]
     assert mixed.visible.tolist() == [4, 9, 10, 1]
-    assert decode_rows(ForwardInputs.build([list(range(5))], [0], pages[:1])) is None
+    assert ForwardInputs.build([list(range(5))], [0], pages[:1]).decode_rows is None
 
 
 def test_stacked_matrices_keep_their_scales() -> None:
