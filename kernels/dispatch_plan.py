@@ -136,7 +136,6 @@ def dispatch_plan_reference(
     first_expert: int,
     num_experts: int,
 ) -> RoutedRows:
-    num_tokens = logits.shape[0]
     experts, weights = gate_topk_reference(
         logits.sigmoid(),
         bias,
@@ -146,17 +145,38 @@ def dispatch_plan_reference(
         normalize=normalize,
         scale=scale,
     )
+    return list_rows_reference(
+        experts,
+        weights,
+        all_experts=logits.shape[1],
+        num_groups=num_groups,
+        first_expert=first_expert,
+        num_experts=num_experts,
+    )
+
+
+def list_rows_reference(
+    experts: Tensor,
+    weights: Tensor,
+    *,
+    all_experts: int,
+    num_groups: int,
+    first_expert: int,
+    num_experts: int,
+) -> RoutedRows:
+    """The lists that follow from a choice [T, k], ascending in a row; the host asks the device."""
+    num_tokens, k = experts.shape
     local = (experts - first_expert).flatten()
     held = (local >= 0) & (local < num_experts)
     order = torch.where(held, local, num_experts).argsort(stable=True)
     counts = torch.bincount(local[held], minlength=num_experts)
     num_held = int(counts.sum())
-    rows = torch.full((num_tokens * k,), -1, dtype=torch.int32, device=logits.device)
+    rows = torch.full((num_tokens * k,), -1, dtype=torch.int32, device=experts.device)
     rows[:num_held] = (order[:num_held] // k).int()
     places = torch.full_like(rows, -1)
-    places[order[:num_held]] = torch.arange(num_held, dtype=torch.int32, device=logits.device)
-    nodes = torch.zeros(num_tokens, num_groups, dtype=torch.bool, device=logits.device)
-    nodes.scatter_(1, experts // (logits.shape[1] // num_groups), True)
+    places[order[:num_held]] = torch.arange(num_held, dtype=torch.int32, device=experts.device)
+    nodes = torch.zeros(num_tokens, num_groups, dtype=torch.bool, device=experts.device)
+    nodes.scatter_(1, experts // (all_experts // num_groups), True)
     node_tokens = nodes.t().int().argsort(dim=1, descending=True, stable=True).int()
     return RoutedRows(
         experts=experts.int(),

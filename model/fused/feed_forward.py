@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kernels.backend import Backend, require
 from kernels.bf16_gemm import bf16_gemm
-from kernels.dispatch_plan import RoutedRows, dispatch_plan
+from kernels.dispatch_plan import RoutedRows, dispatch_plan, list_rows_reference
 from kernels.expert_sum import expert_sum
 from kernels.grouped_fp8_gemm import grouped_fp8_gemm
+from kernels.quantize_rows import quantize_rows
 from kernels.swiglu_quantize import swiglu_quantize
 from model.checkpoint import Weights
 from model.config import ModelConfig
@@ -68,14 +69,31 @@ class FusedExperts:
             self._down[layer] = _stacked([Fp8Matrix.take(weights, f"{n}.down_proj.weight") for n in names])
 
     def submit(self, layer: int, x: Tensor, plan: DispatchPlan) -> PendingSum:
-        """Not from here: rows come with the plan that the gate's kernel made, through `forward`."""
-        raise NotImplementedError("FusedExperts compute what a FusedMoE gives them")
+        """As `Experts.submit`, for rows of another gate; a `FusedMoE` here calls `forward`."""
+        config = self._config
+        rows = list_rows_reference(
+            plan.experts,
+            plan.weights,
+            all_experts=config.n_routed_experts,
+            num_groups=config.n_group,
+            first_expert=self.first,
+            num_experts=self.num_held,
+        )
+        quantized = quantize_rows(x, backend=self._backend)
+        return Done(self.forward(layer, quantized, rows, None, torch.float32))
 
-    def forward(self, layer: int, x: Quantized, plan: RoutedRows, shared: Tensor) -> Tensor:
-        """[T, D] bf16: each token's weighted sum of its experts here, and of the shared one.
+    def forward(
+        self,
+        layer: int,
+        x: Quantized,
+        plan: RoutedRows,
+        shared: Tensor | None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """[T, D] of dtype: each token's weighted sum of its experts here, and of the shared one.
 
         Args:
-            shared: [T, D], the shared expert's rows.
+            shared: [T, D], the shared expert's rows, or None.
         """
         gate_up, down = self._gate_up[layer], self._down[layer]
         # Rows an expert gets on average decide the tiles; who gets how many is known on the device alone.
@@ -93,7 +111,7 @@ class FusedExperts:
             first_group=self.groups.start,
             num_groups=len(self.groups),
             shared=shared,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             backend=self._backend,
         )
 

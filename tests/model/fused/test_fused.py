@@ -19,7 +19,7 @@ from model.fused.feed_forward import FusedExperts
 from model.fused.layer import FusedLayer
 from model.fused.weights import Fp8Matrix
 from model.inputs import ForwardInputs
-from model.moe import Done
+from model.moe import DispatchPlan, Done, LocalExperts
 from model.pages import PageCache
 from model.rope import rope_angles, rope_frequencies
 from tests.checkpoints import DEMO
@@ -134,6 +134,21 @@ def test_rows_together_are_rows_alone(oracle: dict[str, Tensor]) -> None:
         hidden.append(torch.cat([parts[i] for i in range(3)]).float())
     for together in hidden[1:]:
         torch.testing.assert_close(together, hidden[0], rtol=0.05, atol=0.1)
+
+
+def test_experts_that_are_given_rows_and_a_choice() -> None:
+    """As somebody else's gate asks them, against the op-by-op experts, which quantise nothing."""
+    checkpoint = Checkpoint.open(DEMO)
+    config, groups = checkpoint.config, range(2, 4)
+    apart = FusedExperts(config, checkpoint.load(dtype=torch.bfloat16, widen=False), groups, "reference")
+    reference = LocalExperts(config, checkpoint.load(dtype=torch.float32), groups, "reference")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, config.hidden_size, generator=generator).bfloat16()
+    experts = torch.rand(20, config.n_routed_experts, generator=generator).topk(8).indices.sort(-1).values
+    plan = DispatchPlan(experts, torch.rand(20, 8, generator=generator))
+    found, expected = apart.submit(3, x, plan).result(), reference.submit(3, x.float(), plan).result()
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 0.06 * expected.norm()
 
 
 def test_which_rows_decode_together() -> None:
