@@ -175,7 +175,7 @@ def _score_tiles(
         return
 
     column = first_query.to(tl.int64) * H + tl.arange(0, BQ * H)
-    present = column < num_queries.to(tl.int64) * H
+    present = column < tl.cast(num_queries, tl.int64) * H
     d = tl.arange(0, D)
     queries = tl.load(q + column[:, None] * D + d[None, :], mask=present[:, None], other=0.0)  # [BQ * H, D]
     weight = tl.load(weights + column, mask=present, other=0.0)
