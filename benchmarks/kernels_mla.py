@@ -1,4 +1,4 @@
-"""Cases of absorbed attention: sparse decode and prefill, dense decode, beside FlashMLA's."""
+"""Cases of attention: sparse decode and prefill, dense decode, beside FlashMLA's; expanded prefill."""
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ def cases() -> list[Case]:
         *(_sparse_decode(b, 1, 16) for b in (32, 128)),
         *(_sparse_prefill(keys, heads) for keys, heads in ((32768, HEADS), (65536, HEADS), (65536, 64))),
         *(_dense_decode(b, context) for context in (4096, 32768) for b in (32, 128)),
+        *(_expanded(rows, before, choice=False) for rows, before in ((2048, 0), (4096, 0), (4096, 4096))),
+        *(_expanded(4096, before, choice=True) for before in (0, 4096)),
     ]
 
 
@@ -200,3 +202,52 @@ def _dense_decode(num_sequences: int, context: int, num_heads: int = HEADS) -> C
         "bf16",
         ("FlashMLA dense decode", f"B{num_sequences} ctx{context} s_q1 H{num_heads}"),
     )
+
+
+def _expanded(num_rows: int, num_before: int, *, choice: bool, num_heads: int = HEADS) -> Case:
+    """A chunk of a prompt, causal, operands where the projections leave them; 2,048 keys chosen, or all."""
+    nope, value, scale = 128, 128, 192**-0.5
+    num_keys = num_before + num_rows
+    free = min(max(TOPK - num_before, 0), num_rows) if choice else num_rows  # rows without a choice to make
+
+    def make(peers: Peers) -> Made:
+        from kernels.expanded_mha import expanded_mha
+
+        q = randn(num_rows, num_heads, nope + ROPE)
+        absorbed, latents = randn(num_rows, num_heads, _WIDTH), randn(num_keys, _WIDTH)
+        k_nope, v = randn(num_keys, num_heads, nope + value).split([nope, value], dim=-1)
+        q_nope, q_pe, k_pe = q[..., :nope], absorbed[..., LATENT:], latents[:, LATENT:]
+        visible = torch.arange(num_before, num_keys, device="cuda") + 1
+        selected = _visible_positions(visible[free:], num_keys) if choice else None
+        row = num_rows - 1
+        seen = torch.arange(num_keys, device="cuda") if selected is None else selected[-1].long()
+        scores = torch.einsum("hn,lhn->hl", q_nope[row].float(), k_nope[seen].float())
+        scores += q_pe[row].float() @ k_pe[seen].float().t()
+        expected = torch.einsum("hl,lhv->hv", (scores * scale).softmax(-1), v[seen].float())
+        return Made(
+            lambda: expanded_mha(q_nope, q_pe, k_nope, k_pe, v, visible, selected, scale, backend="triton"),
+            lambda out: relative(out[row], expected),
+            _TOLERANCE,
+        )
+
+    pairs = num_rows * num_before + num_rows * (num_rows + 1) / 2
+    widths = nope + ROPE + value
+    return Case(
+        "expanded_mha",
+        f"{num_rows} after {num_before}, {'chosen' if choice else 'causal'} H{num_heads}",
+        2.0 * num_heads * pairs * widths,
+        2.0 * num_heads * (num_rows * (widths + value) + num_keys * (nope + value))
+        + 4.0 * (num_rows - free) * TOPK,
+        make,
+    )
+
+
+def _visible_positions(visible: Tensor, num_keys: int) -> Tensor:
+    """[T, 2048] int32 in order, distinct in a row, of the keys that the row sees."""
+    random = generator()
+    keys, found = torch.arange(num_keys, device="cuda"), []
+    for some in visible.split(256):
+        drawn = torch.rand(len(some), num_keys, generator=random, device="cuda")
+        drawn.masked_fill_(keys >= some.unsqueeze(1), -1.0)
+        found.append(drawn.topk(TOPK, sorted=False).indices.sort(-1).values.int())
+    return torch.cat(found)

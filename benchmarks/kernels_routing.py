@@ -18,8 +18,9 @@ def cases() -> list[Case]:
 
 def _plan(num_tokens: int) -> Case:
     def make(peers: Peers) -> Made:
-        from kernels.dispatch_plan import RoutedRows, dispatch_plan
+        from kernels.dispatch_plan import dispatch_plan
         from kernels.gate_topk import gate_topk_reference
+        from kernels.list_rows import RoutedRows
 
         logits = randn(num_tokens, _EXPERTS, dtype=torch.float32)
         bias = 0.1 * torch.rand(_EXPERTS, generator=generator(), device="cuda")

@@ -1,4 +1,4 @@
-"""Cases of what stands around the large kernels: bf16 products, inputs of attention, expanded attention.
+"""Cases of what stands around the large kernels: bf16 products, inputs of attention.
 
 Peers are torch's own where it has the operation; the others have none of the same extent.
 """
@@ -38,7 +38,6 @@ def cases() -> list[Case]:
         *(_latent_outputs(rows) for rows in (1, 32, 128)),
         *(_query_inputs(rows) for rows in (128, 4096)),
         *(_query_inputs(rows, absorb=True) for rows in (1, 32, 128)),
-        _expanded(2048),
     ]
 
 
@@ -197,33 +196,5 @@ def _query_inputs(num_rows: int, *, absorb: bool = False) -> Case:
         2.0 * num_rows * absorbed if absorb else 0.0,
         num_rows * (INDEX_HEADS * (3.0 * INDEX_DIM + 8) + 4 * HEADS * ROPE)
         + (2.0 * absorbed + 2 * num_rows * HEADS * (_NOPE + LATENT) if absorb else 0.0),
-        make,
-    )
-
-
-def _expanded(num_rows: int) -> Case:
-    """A prompt from its beginning, dense and causal."""
-
-    def make(peers: Peers) -> Made:
-        from kernels.expanded_mha import expanded_mha
-
-        q, k = randn(num_rows, HEADS, 192), randn(num_rows, HEADS, 192).flip(0).contiguous()
-        v = randn(num_rows, HEADS, 128)
-        visible = torch.arange(1, num_rows + 1, dtype=torch.int32, device="cuda")
-        row = num_rows - 1
-        scores = torch.einsum("hq,lhq->hl", q[row].float(), k.float()) * 192**-0.5
-        expected = torch.einsum("hl,lhv->hv", scores.softmax(-1), v.float())
-        return Made(
-            lambda: expanded_mha(q, k, v, visible, None, 192**-0.5, backend="triton"),
-            lambda out: relative(out[row], expected),
-            6e-3,
-        )
-
-    pairs = num_rows * (num_rows + 1) / 2
-    return Case(
-        "expanded_mha",
-        f"{num_rows} causal H{HEADS}",
-        2.0 * HEADS * pairs * (192 + 128),
-        2.0 * num_rows * HEADS * (192 + 192 + 128 + 128),
         make,
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from cluster.bench.options import add_options as add_bench_options
 from cluster.demo import DEMO
 
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -14,7 +15,10 @@ EXIT_USER_ERROR = 2  # something the user can mend: arguments, a checkpoint, a r
 
 _COMMANDS = {
     "serve": "serve a model over HTTP and gRPC",
+    "gateway": "serve a cluster that others started over HTTP and gRPC",
+    "render": "write what Kubernetes needs to run a description",
     "status": "say what a running cluster is doing",
+    "bench": "put a server under load and measure its answers",
     "chat": "talk to a model in the terminal",
     "generate": "continue one prompt",
     "logits": "write a prompt's logits to a file",
@@ -49,7 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     adders = {
         "serve": _add_serve,
+        "gateway": _add_gateway,
+        "render": _add_render,
         "status": _add_status,
+        "bench": add_bench_options,
         "chat": _add_chat,
         "generate": _add_generate,
         "logits": _add_logits,
@@ -79,6 +86,15 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_gateway(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="description of the cluster")
+
+
+def _add_render(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="description of the cluster")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the manifests")
+
+
 def _add_status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "url", nargs="?", default="http://127.0.0.1:8000", metavar="URL", help="of a gateway's HTTP interface"
@@ -92,6 +108,7 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_kernels(parser)
+    _add_weights(parser)
     _add_sampling(parser)
     parser.add_argument(
         "--max-tokens", type=int, default=512, metavar="N", help="longest answer, reasoning included"
@@ -103,6 +120,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_kernels(parser)
+    _add_weights(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
         "--prompt", metavar="TEXT", help="raw text, special tokens in it are recognised; BOS is put before it"
@@ -119,6 +137,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_logits(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_kernels(parser)
+    _add_weights(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     _add_prompt_ids(prompt)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
@@ -195,6 +214,18 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
         choices=["reference", "triton"],
         default="reference",
         help="plain torch on this CPU, or kernels for an NVIDIA GPU (docs/kernels.md)",
+    )
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=["checkpoint", "random"],
+        default="checkpoint",
+        help="read from the directory, or drawn at random for its config.json, to measure any shape",
+    )
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="of random weights: the first N layers only; all without it"
     )
 
 

@@ -13,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from cluster.demo import DEMO
 from cluster.gateway.core import Budgets
 from cluster.gateway.http_guard import HttpLimits
+from cluster.render.section import KubernetesSection
 from kernels.backend import Backend
 from model.attention import AttentionMode
 from model.decoder import DTypeName
 from model.errors import EightfoldError
 from model.pages import PageFormat
 from workers.engine import EngineConfig
-from workers.local import ModelOptions
+from workers.local import ModelOptions, WeightSource
 from workers.speculate import MAX_DRAFTS
 from workers.wire import Role
 
@@ -29,6 +30,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Gpus = Annotated[float, Field(gt=0, le=1)]
 
 
 class ConfigError(EightfoldError):
@@ -59,7 +61,8 @@ class ModelSection(_Section):
     served, how prompts are cut, who computes what, or on drafts. It costs time (docs/deterministic.md).
     `kernels: triton` is for NVIDIA GPUs from Hopper on: it goes with `device: cuda`, `dtype: bfloat16` and
     `pages: fp8`, and with FP8 checkpoints. `third_party` lets libraries do what they also can, where their
-    wheels are installed (kernels/third_party.py says which).
+    wheels are installed (kernels/third_party.py says which). `weights: random` draws them, for measuring: the
+    directory needs a `config.json` and a tokenizer, and `layers` says how many of its layers there are.
     """
 
     directory: Annotated[Path, Field(strict=False)] = DEMO
@@ -71,11 +74,17 @@ class ModelSection(_Section):
     device: Literal["cpu", "cuda"] = "cpu"
     third_party: Annotated[tuple[Literal["deep_gemm", "flash_mla"], ...], Field(strict=False)] = ()
     deterministic: bool = False
+    weights: WeightSource = "checkpoint"
+    layers: Count | None = None
 
     @model_validator(mode="after")
     def _kernels_fit(self) -> "ModelSection":
         if self.deterministic and self.kernels != "reference":
             raise ValueError("deterministic goes with kernels: reference only")
+        if self.deterministic and self.device != "cpu":
+            raise ValueError(
+                "deterministic goes with device: cpu only: in cuBLAS a row's bits change with its place"
+            )
         self.options()  # says what else does not go together
         return self
 
@@ -86,7 +95,10 @@ class ModelSection(_Section):
 
     def options(self) -> ModelOptions:
         kernels: Backend = "deterministic" if self.deterministic else self.kernels
-        return ModelOptions(self.dtype, self.pages, self.attention, kernels, self.device, self.third_party)
+        return ModelOptions(
+            self.dtype, self.pages, self.attention, kernels, self.device, self.third_party, self.weights,
+            self.layers,
+        )  # fmt: skip
 
 
 class EngineSection(_Section):
@@ -120,24 +132,30 @@ class ExpertsSection(_Section):
 
     In a pool, `nodes` actors each hold a run of whole expert groups of every layer, like the nodes of a
     cluster; `layer_seconds` is what a layer may take from dispatch to combine. `spread: strict` asks for a
-    machine for each actor, `loose` for as many machines as there are. `node_labels` says on which nodes.
+    machine for each actor, `loose` for as many machines as there are, and waits `place_seconds` for them.
+    `node_labels` says on which nodes. With
+    `device: cuda` each takes `gpus` of a GPU.
     """
 
     placement: Literal["local", "pool"] = "local"
     nodes: Count = 8
+    gpus: Gpus = 1.0
     layer_seconds: Seconds = 5.0
     spread: Literal["loose", "strict"] = "loose"
+    place_seconds: Seconds = 30.0
     node_labels: dict[str, str] = {}
 
 
 class RoleSection(_Section):
     """The engines of one role, each a Serve replica with attention actors of its own.
 
-    `tokens` is the room in the pages of one actor; None is eight times the model's context.
+    `tokens` is the room in the pages of one actor; None is eight times the model's context. With
+    `device: cuda` each actor takes `gpus`: one, or less than one where actors share it.
     """
 
     engines: Count = 1
     attention_actors: Count = 1
+    gpus: Gpus = 1.0
     tokens: Count | None = None
     node_labels: dict[str, str] = {}
 
@@ -153,6 +171,16 @@ class RouterSection(_Section):
     local_prefill_tokens: Annotated[int, Field(ge=0)] = 512
     lease_seconds: Seconds = 10.0
     silence_seconds: Seconds = 15.0
+
+
+class CarriersSection(_Section):
+    """How tensors go from GPU to GPU.
+
+    `pages`, from prefill to decode: by way of the `host`, which works everywhere; `ipc` (kernels) or `copy`
+    (copy engines) between GPUs of one machine that reach each other's memory; `nccl` between any two.
+    """
+
+    pages: Literal["host", "ipc", "copy", "nccl"] = "host"
 
 
 class RaySection(_Section):
@@ -223,8 +251,10 @@ class ClusterConfig(_Section):
     prefill: RoleSection | None = None
     decode: RoleSection | None = None
     router: RouterSection = RouterSection()
+    carriers: CarriersSection = CarriersSection()
     ray: RaySection = RaySection()
     gateway: GatewaySection = GatewaySection()
+    kubernetes: KubernetesSection | None = None
 
     @property
     def is_disaggregated(self) -> bool:
@@ -244,14 +274,26 @@ class ClusterConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _gpus_are_one_process(self) -> "ClusterConfig":
-        apart = self.prefill or self.decode or self.experts.placement == "pool"
-        if self.model.device == "cuda" and apart:
-            raise ValueError(
-                "model.device: cuda is one process until there are carriers between GPUs: leave out prefill, "
-                "decode and experts.placement: pool"
-            )
+    def _experts_on_gpus(self) -> "ClusterConfig":
+        if self.model.kernels == "triton" and self.experts.placement == "pool":
+            raise ValueError("model.kernels: triton goes with experts.placement: local")
         return self
+
+    @model_validator(mode="after")
+    def _carriers_join_gpus(self) -> "ClusterConfig":
+        if self.carriers.pages != "host" and self.model.device != "cuda":
+            raise ValueError(f"carriers.pages: {self.carriers.pages} goes with model.device: cuda")
+        return self
+
+    def gpus(self) -> float:
+        """How many GPUs the actors take together."""
+        if self.model.device != "cuda":
+            return 0.0
+        total = self.experts.nodes * self.experts.gpus if self.experts.placement == "pool" else 0.0
+        for section in (self.prefill, self.decode):
+            if section:
+                total += section.engines * section.attention_actors * section.gpus
+        return total
 
     @model_validator(mode="after")
     def _roles_are_both_there(self) -> "ClusterConfig":

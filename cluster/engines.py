@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 START_SECONDS = 120.0  # for a process that imports torch and reads its weights, on a busy machine
 CALL_SECONDS = 10.0
 _REGISTER_SECONDS = 0.5
+_STARTS = 2  # that may fail before a replica's failure is its deployment's
 
 
 class EngineReplica:
@@ -32,6 +33,9 @@ class EngineReplica:
 
     def __init__(self, role: Role, config: ClusterConfig) -> None:
         logging.basicConfig(level=logging.WARNING)
+        self._members: list[_Member] = []
+        self._failure: Exception | None = None
+        self._stopping = threading.Event()
         self._name = serve.get_replica_context().replica_id.unique_id
         supervisor = the_supervisor()
         secrets: Secrets = ray.get(supervisor.secrets.remote(), timeout=START_SECONDS)
@@ -41,12 +45,11 @@ class EngineReplica:
             for index in range(section.attention_actors)
         ]
         self._labels = section.node_labels
+        self._gpus = section.gpus if config.model.device == "cuda" else 0
         self._role: Role = role
-        self._members = [_Member(self._start(config)) for config in self._configs]
+        self._members += [_Member(self._start(config)) for config in self._configs]
         for member in self._members:
             ray.get(member.start, timeout=START_SECONDS)
-        self._failure: Exception | None = None
-        self._stopping = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="engine", daemon=True)
         self._keeper.start()
 
@@ -98,7 +101,7 @@ class EngineReplica:
         ray.get(the_supervisor().register.remote(self._name, entries, actors), timeout=CALL_SECONDS)
 
     def _start(self, config: AttentionActorConfig) -> Any:
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4}
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": self._gpus, "max_concurrency": 4}
         if self._labels:
             options["label_selector"] = self._labels
         return ray.remote(AttentionActor).options(**options).remote(config)
@@ -140,6 +143,7 @@ def _actor_config(name: str, role: Role, config: ClusterConfig, secrets: Secrets
         room(section.tokens, longest),
         config.router.lease_seconds,
         config.experts.layer_seconds if config.experts.placement == "pool" else None,
+        None if config.carriers.pages == "host" else config.carriers.pages,
         secrets.token,
         secrets.pages,
         tcp_host=None if config.ray.address == "local" else own_host,
@@ -149,10 +153,14 @@ def _actor_config(name: str, role: Role, config: ClusterConfig, secrets: Secrets
 def deployment(role: Role, config: ClusterConfig) -> serve.Application:
     """The Serve application of a role: one deployment, an engine a replica."""
     section = config.role(role)
+    options: dict[str, Any] = {"num_cpus": 0}
+    if section.node_labels:  # its actors end with it: it belongs where they are
+        options["label_selector"] = section.node_labels
     make = serve.deployment(
         name=role,
         num_replicas=section.engines,
         health_check_period_s=2,
-        ray_actor_options={"num_cpus": 0},
+        max_constructor_retry_count=_STARTS,  # of 20 the user would wait for the end
+        ray_actor_options=options,
     )
     return make(EngineReplica).bind(role, config)

@@ -18,10 +18,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.directory import ExpertEntry
 from cluster.ray_runtime import place_of
-from kernels.backend import Backend
-from model.checkpoint import Checkpoint
-from model.decoder import DTypeName
 from workers.actors import ExpertActor, ExpertActorConfig, ExpertActorStats, TcpHost
+from workers.local import ModelOptions, open_checkpoint
 from workers.placement import ExpertPlacement
 from workers.transport.protocol import Address
 
@@ -47,8 +45,8 @@ class ExpertPool:
         directory: Path,
         num_nodes: int,
         *,
-        dtype: DTypeName = "float32",
-        kernels: Backend = "reference",
+        options: ModelOptions = ModelOptions(),  # noqa: B008 - frozen
+        gpus: float = 1.0,
         token: bytes | None = None,
         first_epoch: int = 1,
         spread: Spread = "loose",
@@ -60,6 +58,7 @@ class ExpertPool:
 
         Args:
             num_nodes: expert actors, each with a run of whole groups; at most `n_group`.
+            gpus: what each actor takes of a GPU, where the device is one.
             token: the cluster's secret; None for one of its own.
             first_epoch: higher than any of an earlier pool that its peers may remember.
             spread: `strict` for a node of Ray each, `loose` for as many as there are.
@@ -73,16 +72,15 @@ class ExpertPool:
             ray.exceptions.GetTimeoutError: an actor did not come up in time.
         """
         self.token = token or secrets.token_bytes(32)
-        self._model = Checkpoint.open(directory).config
+        self._model = open_checkpoint(directory, options).config
         shares = _runs(self._model.n_group, num_nodes)
         self._configs = [
-            ExpertActorConfig(
-                f"experts-{node}", directory.resolve(), groups, dtype, kernels, self.token, tcp_host
-            )
+            ExpertActorConfig(f"experts-{node}", directory.resolve(), groups, options, self.token, tcp_host)
             for node, groups in enumerate(shares)
         ]
         self._subscribers: dict[str, Any] = {}
-        self._group = _placement_group(num_nodes, spread, node_labels or {}, place_seconds)
+        self._gpus = gpus if options.device == "cuda" else 0
+        self._group = _placement_group(num_nodes, self._gpus, spread, node_labels or {}, place_seconds)
         self._actors = [self._start(node) for node in range(num_nodes)]
         self._witnesses = [actor.wait_until_stopped.remote() for actor in self._actors]
         try:
@@ -172,7 +170,7 @@ class ExpertPool:
     def _start(self, node: int) -> Any:
         """An actor in its place; a few Ray calls at a time, one of which is the witness."""
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=node)
-        options = {"num_cpus": 0, "max_concurrency": 4, "scheduling_strategy": place}
+        options = {"num_cpus": 0, "num_gpus": self._gpus, "max_concurrency": 4, "scheduling_strategy": place}
         return ray.remote(ExpertActor).options(**options).remote(self._configs[node])
 
 
@@ -184,7 +182,7 @@ def _runs(num_groups: int, num_nodes: int) -> list[range]:
 
 
 def _placement_group(
-    num_nodes: int, spread: Spread, labels: dict[str, str], seconds: float
+    num_nodes: int, gpus: float, spread: Spread, labels: dict[str, str], seconds: float
 ) -> PlacementGroup:
     """A place for each actor.
 
@@ -192,7 +190,7 @@ def _placement_group(
         TimeoutError: the nodes that were asked for are not there.
     """
     group: PlacementGroup = placement_group(
-        [{"CPU": _CPUS}] * num_nodes,
+        [{"CPU": _CPUS, "GPU": gpus} if gpus else {"CPU": _CPUS}] * num_nodes,
         strategy="STRICT_SPREAD" if spread == "strict" else "SPREAD",
         bundle_label_selector=[labels] * num_nodes if labels else None,
     )

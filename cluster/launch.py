@@ -3,10 +3,12 @@
 start_backend(config)       what the gateway asks for tokens, whichever it is
   local engine              experts in this process, or in a pool
   cluster                   supervisor, expert actors, Serve deployments of prefill and decode
+join_cluster(config)        the same of a cluster that runs already
 """
 
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -20,13 +22,12 @@ from cluster.gateway.backend import ModelFacts
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.router import Router
 from kernels.backend import UnsupportedKernel
-from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.inputs import PAGE_SIZE
 from model.moe import Experts
 from model.text import load_text
 from workers.dispatch import RemoteExperts
-from workers.local import LocalModel
+from workers.local import LocalModel, open_checkpoint
 from workers.page_pool import pages_for
 from workers.prefix import PrefixHasher
 from workers.transport.config import EndpointConfig
@@ -34,9 +35,12 @@ from workers.transport.endpoint import PeerEndpoint
 
 if TYPE_CHECKING:
     from cluster.gateway.cluster_backend import ClusterBackend
+    from cluster.supervisor import Secrets
 
 START_SECONDS = 300.0  # from nothing to all workers, on a busy machine
+JOIN_SECONDS = 3600.0  # the same where machines, images and weights have to come first
 _POLL_SECONDS = 0.2
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Kernel|Failed): .")  # the line of a stack that names it
 
 Say = Callable[[str], None]
 
@@ -52,24 +56,48 @@ def start_backend(config: ClusterConfig, stack: ExitStack, say: Say) -> "EngineB
         ConfigError, CheckpointError: it cannot be served.
         ClusterError: parts of the cluster did not come up.
     """
-    directory = config.model.directory
-    if not directory.is_dir():
-        raise ConfigError("", "model.directory", f"is {str(directory)!r}; there is no such directory")
-    model = ModelConfig.load(directory)
+    model = _load_config(config)
     if config.experts.placement == "pool" and config.experts.nodes > model.n_group:
         raise ConfigError(
             "", "experts.nodes", f"is {config.experts.nodes}; this model has {model.n_group} expert groups"
         )
-    if config.model.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("", "model.device", "is cuda; no GPU can be used here (torch finds none)")
     if config.is_disaggregated:
         return _start_cluster(config, model, stack, say)
     experts = _start_pool(config, model, stack, say) if config.experts.placement == "pool" else None
     return _load_engine(config, experts, say)
 
 
+def join_cluster(config: ClusterConfig, stack: ExitStack, say: Say) -> "ClusterBackend":
+    """Whoever runs the model in a cluster that somebody else starts (cluster/serve_app.py).
+
+    Raises:
+        ConfigError, CheckpointError: it cannot be served.
+        ClusterError: the cluster did not come up.
+    """
+    import ray
+
+    from cluster.ray_runtime import joined_ray
+
+    facts = _cluster_facts(config, _load_config(config))
+    say(f"joining Ray at {config.ray.address}")
+    stack.enter_context(joined_ray(config.ray.address))
+    supervisor = _wait_for_supervisor(JOIN_SECONDS)
+    _wait_for_workers(supervisor, config, say, JOIN_SECONDS)
+    shared = ray.get(supervisor.secrets.remote(), timeout=START_SECONDS)
+    return _cluster_backend(config, facts, shared, supervisor)
+
+
+def _load_config(config: ClusterConfig) -> ModelConfig:
+    directory = config.model.directory
+    if not directory.is_dir():
+        raise ConfigError("", "model.directory", f"is {str(directory)!r}; there is no such directory")
+    return ModelConfig.load(directory)
+
+
 def _start_ray(config: ClusterConfig, stack: ExitStack, say: Say) -> None:
     # Ray takes seconds to load, and one process needs none.
+    import ray
+
     from cluster.ray_runtime import joined_ray, local_ray
 
     if config.ray.address == "local":
@@ -78,6 +106,10 @@ def _start_ray(config: ClusterConfig, stack: ExitStack, say: Say) -> None:
     else:
         say(f"joining Ray at {config.ray.address}")
         stack.enter_context(joined_ray(config.ray.address))
+    found = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    if config.gpus() > found:
+        problem = f"is cuda; the actors take {config.gpus():g} GPUs together and Ray has {found:g}"
+        raise ConfigError("", "model.device", problem)
 
 
 # One engine in this process
@@ -96,8 +128,8 @@ def _start_pool(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say
         pool = ExpertPool(
             config.model.directory,
             experts.nodes,
-            dtype=config.model.dtype,
-            kernels=config.model.options().kernels,
+            options=config.model.options(),
+            gpus=experts.gpus,
             spread=experts.spread,
             node_labels=experts.node_labels,
             tcp_host=None if config.ray.address == "local" else own_host,
@@ -111,6 +143,8 @@ def _start_pool(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say
 
 
 def _load_engine(config: ClusterConfig, experts: Experts | None, say: Say) -> EngineBackend:
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("", "model.device", "is cuda; no GPU can be used here (torch finds none)")
     started = time.perf_counter()
     say(f"loading {config.model.directory.name} as {config.model.dtype}")
     try:
@@ -139,19 +173,27 @@ def _load_engine(config: ClusterConfig, experts: Experts | None, say: Say) -> En
 
 
 def _start_cluster(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say: Say) -> "ClusterBackend":
-    from cluster.gateway.cluster_backend import BackendLimits, ClusterBackend
-    from cluster.supervisor import Secrets
+    from cluster.supervisor import new_secrets
 
+    facts = _cluster_facts(config, model)
+    _start_ray(config, stack, say)
+    shared = new_secrets()
+    return _cluster_backend(config, facts, shared, _start_parts(config, shared, stack, say))
+
+
+def _cluster_facts(config: ClusterConfig, model: ModelConfig) -> ModelFacts:
     assert config.prefill
     assert config.decode
-    checkpoint = Checkpoint.open(config.model.directory)
-    longest = model.max_position_embeddings
+    checkpoint = open_checkpoint(config.model.directory, config.model.options())
     rooms = [section.tokens for section in (config.prefill, config.decode) if section.tokens]
-    context = min([longest, *(pages_for(room) * PAGE_SIZE for room in rooms)])
-    facts = ModelFacts(model, *load_text(config.model.directory, model), checkpoint.digest, context)
-    _start_ray(config, stack, say)
-    shared = Secrets(secrets.token_bytes(32), secrets.token_bytes(32))
-    supervisor = _start_parts(config, shared, stack, say)
+    context = min([model.max_position_embeddings, *(pages_for(room) * PAGE_SIZE for room in rooms)])
+    return ModelFacts(model, *load_text(config.model.directory, model), checkpoint.digest, context)
+
+
+def _cluster_backend(
+    config: ClusterConfig, facts: ModelFacts, shared: "Secrets", supervisor: Any
+) -> "ClusterBackend":
+    from cluster.gateway.cluster_backend import BackendLimits, ClusterBackend
 
     endpoint = PeerEndpoint(EndpointConfig(f"gateway-{secrets.token_hex(4)}", shared.token))
     limits = BackendLimits(
@@ -168,7 +210,7 @@ def _start_cluster(config: ClusterConfig, model: ModelConfig, stack: ExitStack, 
     return ClusterBackend(facts, endpoint, router, who_is_there, limits)
 
 
-def _start_parts(config: ClusterConfig, shared: Any, stack: ExitStack, say: Say) -> Any:
+def _start_parts(config: ClusterConfig, shared: "Secrets", stack: ExitStack, say: Say) -> Any:
     """Supervisor, experts and engines; returns the supervisor when all attention actors are known."""
     from ray import serve
 
@@ -192,12 +234,24 @@ def _start_parts(config: ClusterConfig, shared: Any, stack: ExitStack, say: Say)
             serve.RunTarget(target=deployment(role, config), name=role, route_prefix=None)  # type: ignore[arg-type]
         )
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    expected = sum(section.engines * section.attention_actors for section in (config.prefill, config.decode))
-    _wait_for_workers(supervisor, expected, say)
+    _wait_for_workers(supervisor, config, say, START_SECONDS)
     return supervisor
 
 
-def _wait_for_workers(supervisor: Any, expected: int, say: Say) -> None:
+def _wait_for_supervisor(seconds: float) -> Any:
+    from cluster.supervisor import the_supervisor
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return the_supervisor()
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"nobody started a cluster in this Ray within {seconds:.0f} s") from None
+            time.sleep(_POLL_SECONDS)
+
+
+def _wait_for_workers(supervisor: Any, config: ClusterConfig, say: Say, seconds: float) -> None:
     """Until all attention actors are there, saying who comes.
 
     Raises:
@@ -206,15 +260,19 @@ def _wait_for_workers(supervisor: Any, expected: int, say: Say) -> None:
     import ray
     from ray import serve
 
-    deadline = time.monotonic() + START_SECONDS
+    assert config.prefill
+    assert config.decode
+    expected = sum(section.engines * section.attention_actors for section in (config.prefill, config.decode))
+    deadline = time.monotonic() + seconds
     seen: set[str] = set()
     knows_experts = False
     while len(seen) < expected:
-        states = {name: str(app.status) for name, app in serve.status().applications.items()}
+        states = {name: app.status.value for name, app in serve.status().applications.items()}
         if time.monotonic() > deadline or "DEPLOY_FAILED" in states.values():
-            raise ClusterError(f"{len(seen)} of {expected} attention actors came up; Serve says {states}")
+            problem = f"{len(seen)} of {expected} attention actors came up; Serve says {states}"
+            raise ClusterError(f"{problem}{_reasons(serve.status())}")
         try:
-            found = ray.get(supervisor.directory.remote(), timeout=START_SECONDS)
+            found = ray.get(supervisor.directory.remote(), timeout=seconds)
         except ray.exceptions.RayError as error:
             raise ClusterError(f"the expert actors did not come up: {_last_line(error)}") from error
         if found.experts and not knows_experts:
@@ -231,3 +289,15 @@ def _wait_for_workers(supervisor: Any, expected: int, say: Say) -> None:
 def _last_line(error: Exception) -> str:
     """What an actor's own exception says, without the stack of the process it happened in."""
     return str(error).strip().splitlines()[-1]
+
+
+def _reasons(status: Any) -> str:
+    """What the replicas' own exceptions say, without the stacks of the processes they happened in."""
+    lines = [
+        line.strip()
+        for app in status.applications.values()
+        for deployment in app.deployments.values()
+        for line in deployment.message.splitlines()
+        if _EXCEPTION.match(line) and not line.startswith("ray.") and "Traceback" not in line
+    ]
+    return "".join(f"; {line}" for line in dict.fromkeys(lines))

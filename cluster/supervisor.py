@@ -5,6 +5,7 @@ engines, which register again and again, are known within a second.
 """
 
 import logging
+import secrets
 import threading
 import time
 from dataclasses import dataclass, field
@@ -28,6 +29,11 @@ class Secrets:
 
     token: bytes = field(repr=False)
     pages: bytes = field(repr=False)
+
+
+def new_secrets() -> Secrets:
+    """Those of a new cluster."""
+    return Secrets(secrets.token_bytes(32), secrets.token_bytes(32))
 
 
 @dataclass
@@ -91,25 +97,35 @@ def _expert_pool(config: ClusterConfig, secrets: Secrets) -> ExpertPool:
     return ExpertPool(
         config.model.directory,
         experts.nodes,
-        dtype=config.model.dtype,
-        kernels=config.model.options().kernels,
+        options=config.model.options(),
+        gpus=experts.gpus,
         token=secrets.token,
         first_epoch=int(time.time()),  # later than that of any supervisor before
         spread=experts.spread,
         node_labels=experts.node_labels,
+        place_seconds=experts.place_seconds,
         tcp_host=None if config.ray.address == "local" else own_host,
     )
 
 
-def start_supervisor(config: ClusterConfig, secrets: Secrets) -> Any:
-    """The actor's handle; it comes back by itself as long as the process that started it lives."""
-    options = {
+def start_supervisor(config: ClusterConfig, secrets: Secrets, *, is_detached: bool = False) -> Any:
+    """The actor's handle; it comes back by itself as long as the process that started it lives.
+
+    Args:
+        is_detached: it lives as long as the Ray it is in, on its head; where there is one already, that is
+            taken.
+    """
+    options: dict[str, Any] = {
         "name": NAME,
         "namespace": NAMESPACE,
         "num_cpus": 0,
         "max_concurrency": 16,
         "max_restarts": -1,
     }
+    if is_detached:
+        # On the head: other nodes come and go with what they are for, and with it all experts would.
+        head = {"node:__internal_head__": 0.001}
+        options |= {"lifetime": "detached", "get_if_exists": True, "resources": head}
     return ray.remote(Supervisor).options(**options).remote(config, secrets)
 
 

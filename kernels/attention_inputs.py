@@ -21,7 +21,7 @@ from kernels.backend import Backend, require, require_triton_or_reference
 from kernels.fp8_quant import FP8, quantize_reference
 from kernels.hadamard import hadamard_reference
 from kernels.index_pages import planes
-from kernels.jit import hadamard, quantize_last, rotate_halves, round_to_bf16
+from kernels.jit import hadamard, quantize_last, rotate_halves, round_to_bf16, settle
 from kernels.latent_pages import pack_latents_reference, record_bytes
 from kernels.norm import rms_norm_reference
 from kernels.quantize_rows import GROUP, empty_scales, quantize_rows_reference
@@ -448,3 +448,6 @@ def _write_keys(
         scale_ptrs = (pages + PAGE_SIZE * D + offsets * 4).to(tl.pointer_type(tl.float32))
         tl.store(value_ptrs[:, None] + channels[None, :], values, mask=written)
         tl.store(scale_ptrs, scales, mask=slots >= 0)
+
+
+settle(_attention_inputs)

@@ -1,6 +1,6 @@
 """The lists of a dispatch plan: which tokens each expert, and each group of experts, gets, ascending.
 
-`dispatch_plan.py` launches what stands here. Few tokens: a program for every expert looks at all choices, and
+`list_rows.py` launches what stands here. Few tokens: a program for every expert looks at all choices, and
 the number of those that come before its own is where its list begins. Many: tokens are cut into parts, whose
 choices are counted first; a program then places those of one part.
 Shapes: T tokens, K experts a token, E experts, G groups, P parts of TOKENS tokens.
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def list_all(
-    choices_ptr,  # [T, K] uint8 or int16, readable up to TOKENS * BLOCK_K
+    choices_ptr,  # [T, K] integers; unless IS_CHOICE, readable up to TOKENS * BLOCK_K
     offsets_ptr,  # [NUM_EXPERTS + 1]
     rows_ptr,  # [T * K]
     places_ptr,  # [T, K]
@@ -25,13 +25,14 @@ def list_all(
     GROUP_SIZE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     TOKENS: tl.constexpr,
+    IS_CHOICE: tl.constexpr,
 ):
     """A program for every expert held here, then one for every group."""
     program = tl.program_id(0)
     if program < NUM_EXPERTS:
         _list_expert(
             choices_ptr, offsets_ptr, rows_ptr, places_ptr, num_tokens * K, first_expert, program, K,
-            TOKENS * BLOCK_K,
+            NUM_EXPERTS, TOKENS * BLOCK_K, IS_CHOICE,
         )  # fmt: skip
     else:
         _list_group(
@@ -43,11 +44,17 @@ def list_all(
 @triton.jit
 def _list_expert(
     choices_ptr, offsets_ptr, rows_ptr, places_ptr, total, first_expert, local, K: tl.constexpr,
-    SIZE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, SIZE: tl.constexpr, IS_CHOICE: tl.constexpr,
 ):  # fmt: skip
     flat = tl.arange(0, SIZE)
-    choices = tl.load(choices_ptr + flat).to(tl.int32)
     expert = first_expert + local
+    if IS_CHOICE:
+        choices = tl.load(choices_ptr + flat, mask=flat < total, other=0).to(tl.int32)
+        if local == 0:
+            is_held = (choices >= first_expert) & (choices < first_expert + NUM_EXPERTS)
+            tl.store(places_ptr + flat, -1, mask=(flat < total) & ~is_held)
+    else:
+        choices = tl.load(choices_ptr + flat).to(tl.int32)
     earlier = (flat < total) & (choices >= first_expert) & (choices < expert)
     begin = tl.sum(earlier.to(tl.int32), axis=0)
     chosen = (flat < total) & (choices == expert)
@@ -92,7 +99,7 @@ def _goes_to(choices, valid, GROUP_SIZE: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def count_parts(
-    choices_ptr,  # [T, K] uint8 or int16
+    choices_ptr,  # [T, K] integers
     counts_ptr,  # [E, parts_stride] uint8, P of them written
     node_counts_ptr,  # [G, parts_stride] uint8, likewise
     num_tokens,
@@ -116,7 +123,7 @@ def count_parts(
 
 @triton.jit
 def list_parts(
-    choices_ptr,  # [T, K] uint8 or int16
+    choices_ptr,  # [T, K] integers
     part_counts_ptr,  # [E, parts_stride] uint8, P of them written
     part_node_counts_ptr,  # [G, parts_stride] uint8, likewise
     offsets_ptr,  # [NUM_EXPERTS + 1]
@@ -134,13 +141,14 @@ def list_parts(
     BLOCK_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     TOKENS: tl.constexpr,
+    IS_CHOICE: tl.constexpr,
 ):
     """Two programs for every part: one lists its tokens by expert, the other by group. What stands before
     them they add up from the counts of all parts."""
     if tl.program_id(1) == 0:
         _list_part_of_experts(
             choices_ptr, part_counts_ptr, offsets_ptr, rows_ptr, places_ptr, num_tokens, num_parts,
-            parts_stride, first_expert, E, K, BLOCK_K, NUM_EXPERTS, TOKENS,
+            parts_stride, first_expert, E, K, BLOCK_K, NUM_EXPERTS, TOKENS, IS_CHOICE,
         )  # fmt: skip
     else:
         _list_part_of_groups(
@@ -153,7 +161,7 @@ def list_parts(
 def _list_part_of_experts(
     choices_ptr, part_counts_ptr, offsets_ptr, rows_ptr, places_ptr, num_tokens, num_parts, parts_stride,
     first_expert, E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, IS_CHOICE: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     flat = tl.arange(0, TOKENS * BLOCK_K)
@@ -182,7 +190,10 @@ def _list_part_of_experts(
         places += tl.sum(same.to(tl.int32), axis=0)
     held = valid & (mine >= first_expert) & (mine < first_expert + NUM_EXPERTS)
     tl.store(rows_ptr + places, tokens, mask=held)
-    tl.store(places_ptr + tokens * K + j, places, mask=held)
+    if IS_CHOICE:
+        tl.store(places_ptr + tokens * K + j, tl.where(held, places, -1), mask=valid)
+    else:
+        tl.store(places_ptr + tokens * K + j, places, mask=held)
 
 
 @triton.jit

@@ -14,41 +14,24 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
-from kernels.dispatch_lists import count_parts, list_all, list_parts
 from kernels.gate_topk import gate_topk_reference
-
-
-@dataclass(frozen=True)
-class RoutedRows:
-    """Where each token goes, and where its rows stand; all int32 but the weights.
-
-    Attributes:
-        experts: [T, k], global numbers, ascending in a row; weights: [T, k] float32.
-        offsets: [e + 1]; the rows of the i-th expert held here are offsets[i] to offsets[i + 1].
-        rows: [T * k], tokens by expert, ascending for each; only the first offsets[e] are written.
-        places: [T, k], where in `rows` a token stands for its j-th expert; -1 where that is not held here.
-        node_counts: [G], how many tokens have an expert in each group.
-        node_tokens: [G, T], which, ascending; only the first node_counts[g] of a row are written.
-    """
-
-    experts: Tensor
-    weights: Tensor
-    offsets: Tensor
-    rows: Tensor
-    places: Tensor
-    node_counts: Tensor
-    node_tokens: Tensor
+from kernels.list_rows import (
+    ListConfig,
+    RoutedRows,
+    empty_lists,
+    launch_lists,
+    list_config,
+    list_rows_reference,
+)
 
 
 @dataclass(frozen=True)
 class _Config:
-    """Tokens of a program that chooses, and its warps; tokens of a part that is counted and placed by itself,
-    0 for all at once, at most 128; warps of the programs that list."""
+    """Tokens of a program that chooses, and its warps; how rows are listed."""
 
     gate_tokens: int
     gate_warps: int
-    part_tokens: int
-    list_warps: int
+    lists: ListConfig
 
 
 def dispatch_plan(
@@ -155,73 +138,29 @@ def dispatch_plan_reference(
     )
 
 
-def list_rows_reference(
-    experts: Tensor,
-    weights: Tensor,
-    *,
-    all_experts: int,
-    num_groups: int,
-    first_expert: int,
-    num_experts: int,
-) -> RoutedRows:
-    """The lists that follow from a choice [T, k], ascending in a row; the host asks the device."""
-    num_tokens, k = experts.shape
-    local = (experts - first_expert).flatten()
-    held = (local >= 0) & (local < num_experts)
-    order = torch.where(held, local, num_experts).argsort(stable=True)
-    counts = torch.bincount(local[held], minlength=num_experts)
-    num_held = int(counts.sum())
-    rows = torch.full((num_tokens * k,), -1, dtype=torch.int32, device=experts.device)
-    rows[:num_held] = (order[:num_held] // k).int()
-    places = torch.full_like(rows, -1)
-    places[order[:num_held]] = torch.arange(num_held, dtype=torch.int32, device=experts.device)
-    nodes = torch.zeros(num_tokens, num_groups, dtype=torch.bool, device=experts.device)
-    nodes.scatter_(1, experts // (all_experts // num_groups), True)
-    node_tokens = nodes.t().int().argsort(dim=1, descending=True, stable=True).int()
-    return RoutedRows(
-        experts=experts.int(),
-        weights=weights,
-        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
-        rows=rows,
-        places=places.view(num_tokens, k),
-        node_counts=nodes.sum(0).int(),
-        node_tokens=node_tokens,
-    )
-
-
 def _config_for(num_tokens: int) -> _Config:
     """From the sweep of 2026-11-22 on an H100. A warp chooses for one token, so that it finds the best of all
-    experts without waiting for another. At once costs tokens times experts, parts cost one more launch."""
-    if num_tokens <= 512:
-        return _Config(gate_tokens=1, gate_warps=1, part_tokens=0, list_warps=8)
-    return _Config(gate_tokens=1, gate_warps=1, part_tokens=32, list_warps=8)
+    experts without waiting for another."""
+    return _Config(gate_tokens=1, gate_warps=1, lists=list_config(num_tokens))
 
 
 def _launch(logits: Tensor, bias: Tensor, gate: _GateSettings, config: _Config) -> RoutedRows:
     num_tokens, all_experts = logits.shape
-    num_groups, num_experts, k = gate.num_groups, gate.num_experts, gate.k
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=logits.device)
-
-    routed = RoutedRows(
-        experts=empty(num_tokens, k),
-        weights=empty(num_tokens, k, dtype=torch.float32),
-        offsets=empty(num_experts + 1),
-        rows=empty(num_tokens * k),
-        places=empty(num_tokens, k),
-        node_counts=empty(num_groups),
-        node_tokens=empty(num_groups, num_tokens),
+    num_experts, k = gate.num_experts, gate.k
+    routed = empty_lists(
+        torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device),
+        torch.empty(num_tokens, k, dtype=torch.float32, device=logits.device),
+        gate.num_groups,
+        num_experts,
     )
     if num_tokens == 0:
-        routed.offsets.zero_()
-        routed.node_counts.zero_()
         return routed
     # The choice once more, as narrow as it can be; what is read beside it is not used.
-    block_k = triton.next_power_of_2(k)
-    tokens_at_once = config.part_tokens or triton.next_power_of_2(num_tokens)
-    readable = triton.cdiv(num_tokens, tokens_at_once) * tokens_at_once * block_k
-    choices = empty(readable, dtype=torch.uint8 if all_experts <= 256 else torch.int16)
+    choices = torch.empty(
+        config.lists.readable(num_tokens, k),
+        dtype=torch.uint8 if all_experts <= 256 else torch.int16,
+        device=logits.device,
+    )
     _choose[(triton.cdiv(num_tokens, config.gate_tokens),)](
         logits,
         bias,
@@ -233,7 +172,7 @@ def _launch(logits: Tensor, bias: Tensor, gate: _GateSettings, config: _Config) 
         gate.scale,
         gate.first_expert,
         E=all_experts,
-        G=num_groups,
+        G=gate.num_groups,
         TOPK_GROUP=gate.topk_group,
         K=k,
         NORMALIZE=gate.normalize,
@@ -241,55 +180,7 @@ def _launch(logits: Tensor, bias: Tensor, gate: _GateSettings, config: _Config) 
         GATE_TOKENS=config.gate_tokens,
         num_warps=config.gate_warps,
     )
-    lists = (routed.offsets, routed.rows, routed.places, routed.node_counts, routed.node_tokens)
-    if not config.part_tokens:
-        list_all[(num_experts + num_groups,)](
-            choices,
-            *lists,
-            num_tokens,
-            gate.first_expert,
-            K=k,
-            BLOCK_K=block_k,
-            GROUP_SIZE=all_experts // num_groups,
-            NUM_EXPERTS=num_experts,
-            TOKENS=tokens_at_once,
-            num_warps=config.list_warps,
-        )
-        return routed
-    num_parts = triton.cdiv(num_tokens, config.part_tokens)
-    parts_stride = triton.cdiv(num_parts, 64) * 64  # they are read so many at a time
-    counts = empty(all_experts, parts_stride, dtype=torch.uint8)
-    node_counts = empty(num_groups, parts_stride, dtype=torch.uint8)
-    count_parts[(num_parts,)](
-        choices,
-        counts,
-        node_counts,
-        num_tokens,
-        parts_stride,
-        E=all_experts,
-        G=num_groups,
-        K=k,
-        BLOCK_K=block_k,
-        TOKENS=config.part_tokens,
-        num_warps=config.list_warps,
-    )
-    list_parts[(num_parts, 2)](
-        choices,
-        counts,
-        node_counts,
-        *lists,
-        num_tokens,
-        num_parts,
-        parts_stride,
-        gate.first_expert,
-        E=all_experts,
-        G=num_groups,
-        K=k,
-        BLOCK_K=block_k,
-        NUM_EXPERTS=num_experts,
-        TOKENS=config.part_tokens,
-        num_warps=config.list_warps,
-    )
+    launch_lists(choices, routed, all_experts, gate.first_expert, config.lists, is_choice=False)
     return routed
 
 

@@ -26,7 +26,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.device import shared_bytes
 from kernels.fp8_tiles import BLOCK
+from kernels.gluon_layouts import stored_layout
 from kernels.split_sum import parts_of, split_counters
+
+_BLOCKS = 2  # of K, in a stage
 
 
 class GluonDecode(NamedTuple):
@@ -37,12 +40,11 @@ class GluonDecode(NamedTuple):
     groups: int  # 1 or 2
     splits: int
     stages: int
-    blocks: int  # of K, in a stage: 1 or 2
     residents: int  # programs on a processor: 2 with one group only
 
 
 def decode_config(num_rows: int, num_outputs: int, num_inputs: int, sms: int) -> GluonDecode:
-    """For 33 to 256 rows; from the sweep of 2026-11-22 on an H100.
+    """For 33 to 256 rows; from the sweeps of 2026-11-22 on an H100.
 
     A sum over splits costs 1.4 us and more, so tiles are narrow rather than split, as long as all processors
     have work; yet each tile reads the tokens again, so they are no narrower than that.
@@ -50,28 +52,30 @@ def decode_config(num_rows: int, num_outputs: int, num_inputs: int, sms: int) ->
     row_tiles = triton.cdiv(num_rows, 64)
     tiles = triton.cdiv(num_outputs, 64) * row_tiles
     if row_tiles > 1 and tiles >= 100 and (row_tiles > 2 or num_inputs >= 8192):
-        return _filled(128, 64, 1, 1, blocks=2, residents=1)
+        return _filled(128, 64, 1, 1, residents=1)
+    outputs, splits = 64, 1
     if tiles < 100 or (row_tiles == 1 and tiles > 2 * sms):
-        tiles = triton.cdiv(num_outputs, 32) * row_tiles
+        outputs = 32
+        tiles = triton.cdiv(num_outputs, outputs) * row_tiles
         splits = max(1, min(sms // tiles, num_inputs // BLOCK // 14))
-        return _filled(64, 32, 1, splits, blocks=2, residents=2)
-    return _filled(64, 64, 1, 1, blocks=2, residents=2)
+    # Where two tiles of tokens read the same weights at once, a deep ring beats room for a second program.
+    residents = 1 if row_tiles > 1 and outputs == 64 and tiles <= sms else 2
+    return _filled(64, outputs, 1, splits, residents=residents)
 
 
-def grouped_decode_config(expected_rows: int, num_inputs: int) -> GluonDecode:
+def grouped_decode_config(expected_rows: int) -> GluonDecode:
     """For up to 128 rows an expert; from the same sweep."""
     if expected_rows <= 64:
-        return _filled(64, 64, 1, 1, blocks=2, residents=2)
-    return _filled(128, 64, 2, 1, blocks=2 if num_inputs >= 4096 else 1, residents=1)
+        return _filled(64, 64, 1, 1, residents=2)
+    return _filled(128, 64, 2, 1, residents=1)
 
 
-def _filled(
-    tokens: int, outputs: int, groups: int, splits: int, *, blocks: int, residents: int
-) -> GluonDecode:
+def _filled(tokens: int, outputs: int, groups: int, splits: int, *, residents: int) -> GluonDecode:
     """With as many stages as shared memory holds."""
-    stage = (tokens + outputs * groups) * BLOCK + 4 * tokens
-    stages = shared_bytes(residents) // (blocks * stage + 16)
-    return GluonDecode(tokens, outputs, groups, splits, stages, blocks, residents)
+    stage = _BLOCKS * ((tokens + outputs * groups) * BLOCK + 4 * tokens)
+    # On their way to the result 16 bytes of every thread pass through shared memory.
+    stages = (shared_bytes(residents) - groups * 2048) // (stage + 16)
+    return GluonDecode(tokens, outputs, groups, splits, stages, residents)
 
 
 def launch_dense(
@@ -143,7 +147,7 @@ def _launch(
         GROUPS=config.groups,
         SPLITS=config.splits,
         STAGES=config.stages,
-        KB=config.blocks,
+        KB=_BLOCKS,
         GROUPED=offsets is not None,
         GATHER=rows is not None,
         PRODUCERS=producers,
@@ -240,6 +244,18 @@ def _produce(
 
 
 @gluon.jit
+def _store(acc, out, first_row, end, first_column, N, STORED: gl.constexpr):
+    """Sixteen bytes a thread, of rows up to `end`: four times fewer stores than of what wgmma leaves it."""
+    rows = first_row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, STORED))
+    columns = first_column + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, STORED))
+    gl.store(
+        out + rows.to(gl.int64)[:, None] * N + columns[None, :],
+        gl.convert_layout(acc.to(out.dtype.element_ty), STORED),
+        mask=(rows < end)[:, None] & (columns < N)[None, :],
+    )
+
+
+@gluon.jit
 def _consume(
     group, ring, shape, results, BT: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
     SPLITS: gl.constexpr, STAGES: gl.constexpr, KB: gl.constexpr, GROUPED: gl.constexpr,
@@ -282,36 +298,31 @@ def _consume(
                     use_acc=False,
                     is_async=True,
                 )
-                if KB == 2:  # while one block's product is scaled, the next is made
-                    more_scale = more_ahead
-                    more_ahead = gl.load(scales + gl.minimum((piece + 1) * KB + 1, num_blocks - 1))
-                    more_token = warpgroup_mma(
-                        x_tiles.index(at + 1),
-                        weight_tiles.index((at + 1) * GROUPS + group).permute((1, 0)),
-                        nothing,
-                        use_acc=False,
-                        is_async=True,
-                    )
-                    x_scale = scale_tiles.index(at).load(gl.SliceLayout(1, SUM)) * scale
-                    more_x_scale = scale_tiles.index(at + 1).load(gl.SliceLayout(1, SUM)) * more_scale
-                    product = warpgroup_mma_wait(1, deps=[token])
-                    acc += product * x_scale[:, None]
-                    product = warpgroup_mma_wait(0, deps=[more_token])
-                    x_scale = more_x_scale
-                else:
-                    x_scale = scale_tiles.index(at).load(gl.SliceLayout(1, SUM)) * scale
-                    product = warpgroup_mma_wait(0, deps=[token])
+                more_scale = more_ahead
+                more_ahead = gl.load(scales + gl.minimum((piece + 1) * KB + 1, num_blocks - 1))
+                more_token = warpgroup_mma(
+                    x_tiles.index(at + 1),
+                    weight_tiles.index((at + 1) * GROUPS + group).permute((1, 0)),
+                    nothing,
+                    use_acc=False,
+                    is_async=True,
+                )
+                x_scale = scale_tiles.index(at).load(gl.SliceLayout(1, SUM)) * scale
+                more_x_scale = scale_tiles.index(at + 1).load(gl.SliceLayout(1, SUM)) * more_scale
+                # While one block's product is scaled, the next is made.
+                product = warpgroup_mma_wait(1, deps=[token])
+                acc += product * x_scale[:, None]
+                product = warpgroup_mma_wait(0, deps=[more_token])
                 gl.thread_barrier()  # a wait is one warp's own
                 mbarrier.arrive(free.index(stage))
-                acc += product * x_scale[:, None]
+                acc += product * more_x_scale[:, None]
                 step += 1
-            rows = first + t
-            n = first_n + columns
-            fits = (rows < end)[:, None] & (n < N)[None, :]
-            pointers = out + rows.to(gl.int64)[:, None] * N + n[None, :]
             if SPLITS == 1:
-                gl.store(pointers, acc.to(out.dtype.element_ty), mask=fits)
+                _store(acc, out, first, end, first_n, N, stored_layout(BT, BN))
             else:
+                rows = first + t
+                n = first_n + columns
+                fits = (rows < end)[:, None] & (n < N)[None, :]
                 tile = (outer * tiles_n + tile_n) * GROUPS + group
                 part = parts + tile.to(gl.int64) * (SPLITS * BT * BN)
                 part += t[:, None] * BN + columns[None, :]
@@ -322,7 +333,7 @@ def _consume(
                     for other in gl.static_range(1, SPLITS):
                         acc += gl.load(part + other * (BT * BN), mask=fits, other=0.0, cache_modifier=".cg")
                     gl.store(counters + tile, 0)
-                    gl.store(pointers, acc.to(out.dtype.element_ty), mask=fits)
+                    _store(acc, out, first, end, first_n, N, stored_layout(BT, BN))
 
 
 @gluon.jit(do_not_specialize=["T", "num_work", "scale_stride_k"])
@@ -396,6 +407,6 @@ def _decode(
                 ),
             ],
             [4, PRODUCERS],
-            [216, 56] if KB == 2 else [208, 72],
+            [216, 56],
         )
     # fmt: on

@@ -74,7 +74,7 @@ def grouped_fp8_gemm(
     if isinstance(config, Prefill):
         config = config_on(x.device, out_dtype, expected_rows, weights.shape[1])
     elif expected_rows > 16 and is_hopper(x.device):
-        config = grouped_decode_config(expected_rows, weights.shape[2])
+        config = grouped_decode_config(expected_rows)
     return _launch(x, x_scales, weights, weight_scales, offsets, rows, num_rows, out_dtype, config)
 
 

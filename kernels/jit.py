@@ -5,6 +5,21 @@ All of them take and give fp32 and are bit for bit what the references do, up to
 
 import triton
 import triton.language as tl
+from triton.runtime import JITFunction
+
+
+def settle(*kernels: JITFunction) -> None:
+    """Name kernels for Triton's disk cache: callees first, then their callers.
+
+    Triton 3.6 lets a caller's name cover a callee's constants only where the callee was named before, so that
+    a process would not find what another has compiled if it ran kernels in another order.
+    """
+    for kernel in kernels:
+        names = {*kernel.fn.__code__.co_names}
+        callees = (value for name, value in kernel.fn.__globals__.items() if name in names)
+        settle(*(callee for callee in callees if isinstance(callee, JITFunction) and callee is not kernel))
+        kernel.cache_key  # noqa: B018 - making it is what is wanted
+
 
 _AMAX_FLOOR = tl.constexpr(1e-4)
 _INVERSE_E4M3_MAX = tl.constexpr(1.0 / 448.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
 from kernels.fp8_quant import FP8
-from kernels.jit import quantize_last, round_to_bf16
+from kernels.jit import quantize_last, round_to_bf16, settle
 from kernels.norm import add_rms_norm_reference, rms_norm_reference
 from kernels.quantize_rows import GROUP, empty_scales, quantize_rows_reference
 
@@ -214,3 +214,6 @@ def _add_rms_norm_quantize(
                 scales,
                 mask=(groups < WIDTH // 128) & (row < num_rows),
             )
+
+
+settle(_add_rms_norm_quantize)

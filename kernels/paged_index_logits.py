@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.backend import Backend, require, require_aligned, require_triton_or_reference
 from kernels.fp8_quant import FP8
@@ -30,12 +29,11 @@ _OPERATION = "paged_index_logits"
 
 
 class Config(NamedTuple):
-    """pages: how many consecutive pages a program takes; descriptors: they come by TMA where there is one."""
+    """pages: how many consecutive pages a program takes."""
 
     pages: int
     num_warps: int
     num_stages: int
-    descriptors: bool
 
 
 def paged_index_logits(
@@ -119,17 +117,14 @@ def paged_index_logits_reference(
 
 
 def config_for(num_sequences: int, max_visible: int, rows_per_sequence: int) -> Config:
-    """From the sweep of 2026-11-22 on an H100: a thousand programs or more, of at most 8 pages (16 where
-    n > 1, because reading the queries is dearer). Programs of a page or two have nothing to overlap: by
-    pointers they start sooner."""
+    """From the sweeps of 2026-11-22 on an H100: four programs a processor where there are pages for them, of
+    at most 16 pages (8 of a long context with n = 1, where reading the queries costs little)."""
     total = num_sequences * triton.cdiv(max_visible, PAGE_SIZE)
-    most = 8 if rows_per_sequence == 1 else 16
+    most = 16 if rows_per_sequence > 1 or total <= 8192 else 8
     pages = 1
-    while pages < most and total // (2 * pages) >= 1024:
+    while pages < most and total // (2 * pages) >= 512:
         pages *= 2
-    if pages <= 2 or (rows_per_sequence > 1 and total > 32768):
-        return Config(pages, 4, 4, descriptors=False)
-    return Config(pages, 4, 3, descriptors=True)
+    return Config(pages, num_warps=4, num_stages=3 if pages > 2 and total <= 32768 else 4)
 
 
 def launch(
@@ -149,23 +144,11 @@ def launch(
     out = torch.empty(num_rows, stride, dtype=torch.float32, device=q.device)
     if num_rows == 0 or max_visible == 0:
         return out[:, :max_visible]
-    values = index_pages.view(FP8)
-    page_bytes = index_pages.shape[1]
-    tiles = (
-        TensorDescriptor(
-            values,
-            [index_pages.shape[0], PAGE_SIZE, index_head_dim],
-            [page_bytes, index_head_dim, 1],
-            [1, PAGE_SIZE, index_head_dim],
-        )
-        if config.descriptors
-        else values
-    )
     grid = (triton.cdiv(triton.cdiv(max_visible, PAGE_SIZE), config.pages), page_table.shape[0])
     _score_pages[grid](
         out,
         q,
-        tiles,
+        index_pages.view(FP8),
         index_pages.view(torch.float32),
         weights,
         page_table,
@@ -179,7 +162,6 @@ def launch(
         PAGE=PAGE_SIZE,
         # (row, head) columns of a product: a power of two, and as many as the tensor cores ask for.
         COLUMNS=max(16, triton.next_power_of_2(rows_per_sequence) * num_heads),
-        DESCRIPTORS=config.descriptors,
         STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
@@ -225,7 +207,7 @@ def _check(
 def _score_pages(
     out,  # [T, stride]
     q,  # [T, H, D]
-    pages,  # [P, PAGE * (D + 4)] e4m3, a pointer or a descriptor of [1, PAGE, D] tiles
+    pages,  # [P, PAGE * (D + 4)] e4m3
     page_scales,  # the same memory as float32, [P, PAGE * (D + 4) / 4]
     weights,  # [T, H]
     page_table,  # [S, max_pages]
@@ -238,7 +220,6 @@ def _score_pages(
     D: tl.constexpr,
     PAGE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     ROWS: tl.constexpr = COLUMNS // H
@@ -265,12 +246,8 @@ def _score_pages(
     for i in tl.range(first, last, num_stages=STAGES):
         following = tl.load(table + tl.minimum(i + 1, last - 1)).to(tl.int32)
         scale = tl.load(scale_of + page.to(tl.int64) * (PAGE * (D + 4) // 4))
-        if DESCRIPTORS:
-            tile = tl.reshape(pages.load([page, 0, 0]), (PAGE, D))
-        else:
-            tile = tl.load(
-                pages + page.to(tl.int64) * (PAGE * (D + 4)) + offset[:, None] * D + d[None, :]
-            )  # [PAGE, D]
+        rows = pages + page.to(tl.int64) * (PAGE * (D + 4)) + offset[:, None] * D
+        tile = tl.load(rows + d[None, :])  # [PAGE, D]
         per_head = tl.dot(tile, queries.T)  # [PAGE, COLUMNS]
         per_head = tl.maximum(per_head, 0.0) * weight[None, :]
         scores = tl.sum(tl.reshape(per_head, (PAGE, ROWS, H)), 2) * scale[:, None]

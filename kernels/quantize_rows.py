@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
 from kernels.fp8_quant import FP8, quantize_reference
-from kernels.jit import quantize_last
+from kernels.jit import quantize_last, settle
 
 GROUP = 128  # channels that share a scale
 _SCALE_ROWS = 4  # the column of a group holds a multiple of so many rows: 16 bytes
@@ -122,3 +122,6 @@ def _quantize_rows(
     tl.store(values_ptr + row_ids * (NUM_GROUPS * 128) + columns, values, mask=valid[:, :, None])
     # Padded rows of the last columns are left as they are.
     tl.store(scales_ptr + groups[None, :].to(tl.int64) * scale_stride + rows[:, None], scales, mask=valid)
+
+
+settle(_quantize_rows)

@@ -20,7 +20,7 @@ from kernels.backend import Backend, require, require_triton_or_reference
 from kernels.bf16_gemm import per_head_gemm_reference
 from kernels.fp8_quant import FP8, quantize_reference
 from kernels.hadamard import hadamard_reference
-from kernels.jit import hadamard, quantize_last, rotate_halves, round_to_bf16
+from kernels.jit import hadamard, quantize_last, rotate_halves, round_to_bf16, settle
 from kernels.rope import apply_rope_reference
 
 
@@ -330,3 +330,6 @@ def _absorb(
     places = tokens[None, :] * q_latent_stride + head * q_latent_head_stride + c[:, None]
     valid = (tokens < num_tokens)[None, :] & (c < C)[:, None]
     tl.store(q_latent_ptr + places, out.to(tl.bfloat16), mask=valid)
+
+
+settle(_query_inputs)

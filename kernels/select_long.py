@@ -13,6 +13,7 @@ Shapes: T rows, L scores a row.
 import triton
 import triton.language as tl
 
+from kernels.jit import settle
 from kernels.select_threshold import (
     ABOVE_ALL,
     LOWEST,
@@ -292,3 +293,6 @@ def _count_above_of_row(row, seen, threshold, TILE: tl.constexpr, VECTOR: tl.con
         x = load_scores(row, position, seen, VECTOR)
         above += tl.sum((x > threshold).to(tl.int32), 0)
     return above
+
+
+settle(select_rows_by_sample, mark_shares, select_from_shares)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.jit import settle
 from kernels.select_shared import (
     exact_threshold,
     guess,
@@ -285,3 +286,6 @@ def _count_above_of_row(row, seen, threshold, TILE: tl.constexpr, VECTOR: tl.con
         x = load_scores(row, first + tl.arange(0, TILE), seen, VECTOR)
         above += tl.sum((x > threshold).to(tl.int32), 0)
     return above
+
+
+settle(select_in_registers, select_by_marks, mark_parts, select_from_parts)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.backend import Backend, require, require_triton_or_reference
 from kernels.fp8_quant import FP8
-from kernels.jit import quantize_last, round_to_bf16
+from kernels.jit import quantize_last, round_to_bf16, settle
 from kernels.quantize_rows import GROUP, empty_scales, quantize_rows_reference
 from kernels.swiglu import swiglu_reference
 
@@ -128,3 +128,6 @@ def _swiglu_quantize(
     values, scales = quantize_last(inner)
     tl.store(values_ptr + row_ids * (NUM_GROUPS * 128) + columns, values, mask=valid[:, :, None])
     tl.store(scales_ptr + groups[None, :].to(tl.int64) * scale_stride + rows[:, None], scales, mask=valid)
+
+
+settle(_swiglu_quantize)

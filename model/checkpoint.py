@@ -130,7 +130,7 @@ class Checkpoint:
                 match, or a file that changed since it was opened.
         """
         self._check_unchanged()
-        specs = self.specs(lambda spec: wanted(spec) and not _is_duplicate(self.config, spec))
+        specs = self.specs(lambda spec: wanted(spec) and not is_duplicate(self.config, spec))
         total = sum(self._stored_bytes(spec) for spec in specs)
         weights = Weights()
         with tqdm(
@@ -219,7 +219,7 @@ class Checkpoint:
 
     def _check_copies(self, wanted: Wanted) -> None:
         """The MTP layer's embedding and head must be what the format says: copies of the main model's."""
-        copies = [spec for spec in self.specs(wanted) if _is_duplicate(self.config, spec)]
+        copies = [spec for spec in self.specs(wanted) if is_duplicate(self.config, spec)]
         for (spec, copy, _), (original, main, _) in zip(
             self._read(copies),
             self._read([_original(self.config, spec) for spec in copies]),
@@ -391,7 +391,8 @@ def _check_finite(file: str, name: str, tensor: Tensor) -> None:
         raise CheckpointError(file, name, "finite values", f"{bad} NaN or infinite")
 
 
-def _is_duplicate(config: ModelConfig, spec: TensorSpec) -> bool:
+def is_duplicate(config: ModelConfig, spec: TensorSpec) -> bool:
+    """Whether it is one of the MTP layer's copies of embedding and head, which are never held twice."""
     return spec.layer >= config.num_hidden_layers and spec.name.endswith(
         (".embed_tokens.weight", ".shared_head.head.weight")
     )

@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from model.transfer import to_device
+
 PAGE_SIZE = 64  # tokens a page; the planar index page fixes it
 MAX_DECODE_ROWS = 4  # that a sequence contributes while it decodes: its last token and three drafts
 
@@ -50,8 +52,8 @@ class ForwardInputs:
 
     Attributes:
         token_ids: [T] int64.
-        positions: [T] int64; a row sees the keys at positions up to its own.
-        slots: [T] int64, where each row's latent and index key go: page * PAGE_SIZE + offset.
+        positions: [T] int64; a row sees the keys at positions up to its own, so one of -1 sees nothing.
+        slots: [T] int64, where each row's latent and index key go: page * PAGE_SIZE + offset; -1: nowhere.
         page_table: [S, max_pages] int64, the pages of each sequence in order; filler is never read.
         segments: one a sequence, in order of rows.
     """
@@ -83,21 +85,17 @@ class ForwardInputs:
         row = 0
         for tokens, start, held in zip(token_ids, starts, pages, strict=True):
             stop = start + len(tokens)
-            assert len(held) * PAGE_SIZE >= stop, "a sequence was given fewer pages than its tokens need"
             segments.append(Segment(row, row + len(tokens), stop))
             positions.extend(range(start, stop))
-            slots.extend(held[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, stop))
+            slots.extend(slots_of_run(held, start, stop))
             row += len(tokens)
         width = max(len(held) for held in pages)
-        table = [held + [0] * (width - len(held)) for held in pages]
         flat = [token for tokens in token_ids for token in tokens]
-        return cls(
-            token_ids=torch.tensor(flat, device=device),
-            positions=torch.tensor(positions, device=device),
-            slots=torch.tensor(slots, device=device),
-            page_table=torch.tensor(table, device=device),
-            segments=tuple(segments),
-        )
+        table = [page for held in pages for page in (*held, *[0] * (width - len(held)))]
+        parts = [flat, positions, slots, table]
+        packed = PackedRows(len(flat), len(pages), width)
+        numbers = [number for part in parts for number in (*part, *[0] * (len(part) % 2))]
+        return packed.inputs(to_device(numbers, torch.int64, torch.device(device)), tuple(segments))
 
     @cached_property
     def visible(self) -> Tensor:
@@ -125,6 +123,41 @@ class ForwardInputs:
         return slots.flatten()[: self.segments[sequence].kv_len]
 
 
+@dataclass(frozen=True)
+class PackedRows:
+    """Where the numbers of a `ForwardInputs` stand in one run of int64, so that one copy brings them all.
+
+    Each part begins at a multiple of 16 bytes: kernels are compiled for pointers that do, or that need not.
+    """
+
+    num_rows: int
+    num_sequences: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        return 3 * self._padded + self.num_sequences * self.width
+
+    @property
+    def _padded(self) -> int:
+        return self.num_rows + self.num_rows % 2
+
+    def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token ids, positions and slots [T], and the page table [S, width]: views of packed [size]."""
+        rows = packed[: 3 * self._padded].view(3, self._padded)[:, : self.num_rows]
+        table = packed[3 * self._padded :][: self.num_sequences * self.width]
+        return rows[0], rows[1], rows[2], table.view(self.num_sequences, self.width)
+
+    def inputs(self, packed: Tensor, segments: tuple[Segment, ...]) -> ForwardInputs:
+        return ForwardInputs(*self.split(packed), segments)
+
+
+def slots_of_run(pages: list[int], start: int, stop: int) -> list[int]:
+    """The slots of positions start to stop of a sequence that holds these pages."""
+    assert len(pages) * PAGE_SIZE >= stop, "a sequence was given fewer pages than its tokens need"
+    return [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, stop)]
+
+
 def _decode_rows(inputs: ForwardInputs) -> DecodeRows | None:
     chosen = [i for i, segment in enumerate(inputs.segments) if segment.num_rows <= MAX_DECODE_ROWS]
     if not chosen:
@@ -140,6 +173,6 @@ def _decode_rows(inputs: ForwardInputs) -> DecodeRows | None:
     device = inputs.slots.device
     places = [row for segment in segments for row in range(segment.start, segment.stop)]
     owners = [i for i, segment in zip(chosen, segments, strict=True) for _ in range(segment.num_rows)]
-    rows_T = torch.tensor(places).to(device, non_blocking=True)
-    table = inputs.page_table[torch.tensor(owners).to(device, non_blocking=True)]
+    rows_T = to_device(places, torch.int64, device)
+    table = inputs.page_table[to_device(owners, torch.int64, device)]
     return DecodeRows(rows_T, table, inputs.visible[rows_T], 1, longest)

@@ -133,6 +133,11 @@ class LocalExperts:
             stable(self._gate_up[layer][0], backend=backend)
             stable(self._down[layer][0], backend=backend)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(iter(self._gate_up.values())).device
+
     def submit(self, layer: int, x: Tensor, plan: DispatchPlan) -> PendingSum:
         """As `Experts.submit`; nobody else is there to do it meanwhile, so it is done at once."""
         return Done(self.forward(layer, x, plan))

@@ -6,6 +6,7 @@ unrotated: the format for exactness, equal to an unquantised implementation.
 One slot numbering serves all layers and both caches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,14 @@ from model.config import ModelConfig
 from model.inputs import PAGE_SIZE
 
 PageFormat = Literal["fp8", "full"]
+
+Zeros = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+"""Makes zeros: shape, dtype, device."""
+
+
+def torch_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros from torch's own pool."""
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -90,21 +99,29 @@ class PageCache:
         *,
         backend: Backend,
         device: torch.device | str = "cpu",
+        zeros: Zeros = torch_zeros,
     ) -> None:
+        """`zeros` makes the memory; where another GPU writes pages it is the transport's `shared_zeros`."""
         self.num_pages = num_pages
         index_dim = config.index_head_dim
         record = record_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
+        device = torch.device(device)
 
         def layer() -> LayerPages:
             if page_format == "fp8":
-                latents = torch.zeros(num_pages, PAGE_SIZE, record, dtype=torch.uint8, device=device)
-                keys = torch.zeros(num_pages, PAGE_SIZE * (index_dim + 4), dtype=torch.uint8, device=device)
+                latents = zeros((num_pages, PAGE_SIZE, record), torch.uint8, device)
+                keys = zeros((num_pages, PAGE_SIZE * (index_dim + 4)), torch.uint8, device)
             else:
-                latents = torch.zeros(num_pages, PAGE_SIZE, config.latent_dim, dtype=dtype, device=device)
-                keys = torch.zeros(num_pages, PAGE_SIZE, index_dim, dtype=dtype, device=device)
+                latents = zeros((num_pages, PAGE_SIZE, config.latent_dim), dtype, device)
+                keys = zeros((num_pages, PAGE_SIZE, index_dim), dtype, device)
             return LayerPages(latents, keys, page_format, config.kv_lora_rank, backend)
 
         self.layers = [layer() for _ in range(config.num_cached_layers)]
+
+    @property
+    def pools(self) -> list[Tensor]:
+        """[P, ...] each: latents and index keys of the first layer, then of the next."""
+        return [pool for layer in self.layers for pool in (layer.latents, layer.index_keys)]
 
 
 def cache_bytes_per_token(config: ModelConfig, page_format: PageFormat, dtype: torch.dtype) -> int:

@@ -25,7 +25,7 @@ in argmax, at the edges of top-k and top-p, and in the list of alternatives.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from model.noise import exp, gumbel, log
 from model.sampling_params import SamplingParams
+from model.transfer import ToHost, put, take, to_device
 
 # Probabilities relative to the largest are summed as multiples of 2**-44: an error below 4e-9 over any
 # vocabulary up to 2**18 entries, whose sum still fits an int64.
@@ -42,6 +43,7 @@ _MAX_VOCAB = 2**18
 # vocabulary. Rows whose nucleus is larger try again with so many times more.
 _FIRST_WIDTH = 512
 _WIDER = 16
+_NOT_FINITE = -1  # in place of a token that cannot be drawn
 # Bounds the temporaries (32 MiB each) whatever the batch.
 _ELEMENTS_AT_ONCE = 2**22
 
@@ -120,36 +122,85 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> SampleResult:
         logits: [R, V] float32; -inf marks a token that is not allowed.
         rows: R.
     """
-    tokens = draw(logits, rows)
-    if all(row.params.logprobs is None for row in rows):
-        return SampleResult(tokens, [None] * len(tokens))
-    return SampleResult(tokens, _logprobs(logits, tokens, rows))
+    return Drawing(logits, rows).read()
 
 
 def draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """The tokens of `sample` alone: what a draft needs."""
-    assert logits.dtype == torch.float32, logits.dtype
-    assert logits.shape[0] == len(rows), (logits.shape, len(rows))
-    assert logits.shape[1] <= _MAX_VOCAB, logits.shape
-    if not rows:
-        return []
-    adjusted = _adjusted(logits, rows)
-    # NaN and +inf win this maximum, so looking at R numbers is looking at all of them.
-    best, greedy = adjusted.max(dim=-1)
-    bad = tuple(i for i, value in enumerate(best.tolist()) if not math.isfinite(value))
-    if bad:
-        raise NonFiniteLogits(bad)
-    tokens: list[int] = greedy.tolist()
-    cut = [i for i, row in enumerate(rows) if not row.params.is_greedy and row.params.cuts]
-    whole = [i for i, row in enumerate(rows) if not row.params.is_greedy and not row.params.cuts]
-    rows_at_once = max(1, _ELEMENTS_AT_ONCE // logits.shape[1])
-    for indices, draw_sampled in ((cut, _draw_cut), (whole, _draw_whole)):
-        for start in range(0, len(indices), rows_at_once):
-            part = indices[start : start + rows_at_once]
-            drawn = draw_sampled(adjusted[part], best[part], [rows[i] for i in part])
-            for i, token in zip(part, drawn.tolist(), strict=True):
-                tokens[i] = token
-    return tokens
+    return Drawing(logits, rows).read_tokens()
+
+
+class Drawing:
+    """Tokens that a device draws while the host does something else, until it reads them.
+
+    Attributes:
+        tokens: [R] int64 on the logits' device; -1 where no token can be drawn. Where a row keeps more of the
+            vocabulary than was looked at, this is a good guess, and the host settles it when it reads.
+        late: rows whose guess was wrong, known once read.
+    """
+
+    def __init__(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
+        """As `sample`; asks the device nothing."""
+        assert logits.dtype == torch.float32, logits.dtype
+        assert logits.shape[0] == len(rows), (logits.shape, len(rows))
+        assert logits.shape[1] <= _MAX_VOCAB, logits.shape
+        self._logits, self._rows = logits, rows
+        self._adjusted = _adjusted(logits, rows)
+        # NaN and +inf win this maximum, so looking at R numbers is looking at all of them.
+        best, greedy = self._adjusted.max(dim=-1) if rows else (logits.new_empty(0),) * 2
+        tokens = greedy.long()
+        unsettled = torch.zeros_like(tokens)
+        for part in self._parts():
+            part_rows = [rows[i] for i in part]
+            drawn, complete = _draw_sampled(take(self._adjusted, part), take(best, part), part_rows)
+            put(tokens, part, drawn)
+            put(unsettled, part, (~complete).long())
+        self.tokens, self._best = tokens.masked_fill_(~best.isfinite(), _NOT_FINITE), best
+        self._copy = ToHost(torch.stack([self.tokens, unsettled]))
+        self.late: frozenset[int] = frozenset()
+
+    def wait(self) -> None:
+        """Until everything is drawn, whatever it is."""
+        self._copy.wait()
+
+    def read(self, wanted: Collection[int] | None = None) -> SampleResult:
+        """Wait for the tokens.
+
+        Args:
+            wanted: rows that somebody asks for, None for all; what is said of the others means nothing.
+
+        Raises:
+            NonFiniteLogits: no token can be drawn from some of them.
+        """
+        tokens = self.read_tokens(wanted)
+        if all(row.params.logprobs is None for row in self._rows):
+            return SampleResult(tokens, [None] * len(tokens))
+        return SampleResult(tokens, _logprobs(self._logits, tokens, self._rows))
+
+    def read_tokens(self, wanted: Collection[int] | None = None) -> list[int]:
+        """As `read`, the tokens alone."""
+        tokens: list[int]
+        tokens, unsettled = self._copy.wait().tolist()
+        used = [i for i in range(len(tokens)) if wanted is None or i in wanted]
+        bad = tuple(i for i in used if tokens[i] == _NOT_FINITE)
+        if bad:
+            raise NonFiniteLogits(bad)
+        open_rows = [i for i in used if unsettled[i]]
+        if open_rows:
+            rows = [self._rows[i] for i in open_rows]
+            drawn = _draw_widening(take(self._adjusted, open_rows), take(self._best, open_rows), rows)
+            settled = dict(zip(open_rows, drawn.tolist(), strict=True))
+            self.late = frozenset(i for i, token in settled.items() if token != tokens[i])
+            tokens = [settled.get(i, token) for i, token in enumerate(tokens)]
+        return tokens
+
+    def _parts(self) -> Iterator[list[int]]:
+        """Rows that are sampled, those of a part alike and few enough to be looked at together."""
+        rows_at_once = max(1, _ELEMENTS_AT_ONCE // self._logits.shape[1])
+        for cuts in (True, False):
+            rows = enumerate(self._rows)
+            alike = [i for i, row in rows if not row.params.is_greedy and row.params.cuts == cuts]
+            yield from (alike[i : i + rows_at_once] for i in range(0, len(alike), rows_at_once))
 
 
 def num_accepted(drafts: Sequence[int], tokens: Sequence[int]) -> int:
@@ -187,9 +238,9 @@ def _adjust(logits: Tensor, row: SampleRow) -> None:
         return
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)
+        return to_device(values, torch.float64, logits.device)
 
-    ids = torch.tensor(touched, device=logits.device)
+    ids = to_device(touched, torch.int64, logits.device)
     values = logits[ids].double() + column([bias.get(i, 0.0) for i in touched])
     if params.repetition_penalty != 1:
         penalty = column([params.repetition_penalty if i in seen else 1.0 for i in touched])
@@ -199,19 +250,25 @@ def _adjust(logits: Tensor, row: SampleRow) -> None:
     logits[ids] = values.float()
 
 
-def _draw_whole(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Samples from the whole vocabulary: logits [R, V], their maxima [R] -> token ids [R]."""
+def _draw_sampled(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
+    """Samples from rows that all cut the vocabulary, or all do not: logits [R, V], their maxima [R].
+
+    Returns:
+        Token ids [R], and [R] bool: whether these are final; where not, more must be looked at.
+    """
+    if rows[0].params.cuts:
+        width = min(_FIRST_WIDTH, logits.shape[1])
+        return _draw_within(width, logits, best, _total_mass(logits, best, rows), rows)
     score = _scaled(logits, best, rows)
     score += _noise(rows, torch.arange(logits.shape[1], device=logits.device)[None])
-    return score.argmax(dim=-1)
+    return score.argmax(dim=-1), torch.ones_like(best, dtype=torch.bool)
 
 
-def _draw_cut(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Samples from what top-k, top-p and min-p keep: logits [R, V], their maxima [R] -> token ids [R]."""
-    total = _total_mass(logits, best, rows)
-    width = min(_FIRST_WIDTH, logits.shape[1])
-    tokens, complete = _draw_within(width, logits, best, total, rows)
-    unsettled = (~complete).nonzero().flatten()
+def _draw_widening(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """As `_draw_sampled` of rows that it leaves unsettled, until none is; asks the device after every try."""
+    total, width = _total_mass(logits, best, rows), _FIRST_WIDTH
+    tokens = best.new_empty(len(rows), dtype=torch.int64)
+    unsettled = torch.arange(len(rows), device=best.device)
     while unsettled.numel():
         width = min(_WIDER * width, logits.shape[1])
         rest = [rows[i] for i in unsettled.tolist()]
@@ -232,12 +289,12 @@ def _draw_within(
         total: [R, 1] int64, the mass of the whole vocabulary.
     Returns:
         Token ids [R], and [R] bool: whether every kept token was among those looked at. Where not, the token
-        means nothing.
+        is the best of these.
     """
     vocab_size, device = logits.shape[1], logits.device
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+        return to_device(values, torch.float64, device)[:, None]
 
     values, ids = _leading(logits, width)
     scaled = _scaled(values, best, rows)
@@ -254,10 +311,7 @@ def _draw_within(
     kept &= scaled >= min_p
     complete = (top_k[:, 0] <= width) | ((top_k[:, 0] == vocab_size) & ~kept[:, -1])
 
-    # Rows are sorted, so what is kept stands in front; the noise of the rest need not be made.
-    used = int(kept.sum(dim=-1).max())
-    score = scaled[:, :used] + _noise(rows, ids[:, :used])
-    score.masked_fill_(~kept[:, :used], -torch.inf)
+    score = (scaled + _noise(rows, ids)).masked_fill_(~kept, -torch.inf)
     return ids.gather(-1, score.argmax(dim=-1, keepdim=True))[:, 0], complete
 
 
@@ -272,7 +326,9 @@ def _leading(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     equal = logits == last
     room = width - above.sum(dim=-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(dim=-1) <= room))
-    ids = chosen.nonzero()[:, 1].view(-1, width)
+    # The first place that so many chosen ones reach: `nonzero`, without asking the device how many there are.
+    ranks = torch.arange(1, width + 1, device=logits.device).expand(len(logits), width).contiguous()
+    ids = torch.searchsorted(chosen.cumsum(dim=-1), ranks).clamp_(max=logits.shape[1] - 1)
     values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(-1, order)
 
@@ -282,9 +338,7 @@ def _scaled(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
     Taking the maximum away first keeps the noise from drowning when the temperature is tiny.
     """
-    temperature = torch.tensor(
-        [row.params.temperature for row in rows], dtype=torch.float64, device=best.device
-    )
+    temperature = to_device([row.params.temperature for row in rows], torch.float64, best.device)
     return (logits.double() - best.double()[:, None]).div_(temperature[:, None])
 
 
@@ -309,7 +363,7 @@ def _noise(rows: Sequence[SampleRow], ids: Tensor) -> Tensor:
     """Gumbel noise [R, K] float64 of token ids [R, K] or [1, K]."""
 
     def column(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=ids.device)[:, None]
+        return to_device(values, torch.int64, ids.device)[:, None]
 
     # The same 64 bits as a signed number, which is what torch can hold.
     seeds = column([(row.params.seed + 2**63) % 2**64 - 2**63 for row in rows])
@@ -322,8 +376,8 @@ def _logprobs(logits: Tensor, tokens: list[int], rows: Sequence[SampleRow]) -> l
     """Log-probabilities for the rows that ask for them: logits [R, V], the tokens drawn from them."""
     indices = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     asked = [rows[i].params.logprobs or 0 for i in indices]
-    chosen = torch.tensor([tokens[i] for i in indices], device=logits.device)[:, None]
-    logits = logits[indices]
+    chosen = to_device([max(tokens[i], 0) for i in indices], torch.int64, logits.device)[:, None]
+    logits = take(logits, indices)
     best = logits.amax(dim=-1, keepdim=True).double()
     total = _mass(logits.double() - best).sum(dim=-1, keepdim=True)
     log_total = log(total.double() / _MASS_ONE)

@@ -17,7 +17,7 @@ from tokenizers import decoders, models
 
 from model.errors import CheckpointError
 
-_TOKENIZER = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 
 
@@ -60,12 +60,12 @@ class Tokenizer:
             CheckpointError: a file is missing or unreadable, or is no byte-level BPE tokenizer.
         """
         try:
-            full = tokenizers.Tokenizer.from_str(_read_text(directory, _TOKENIZER))
+            full = tokenizers.Tokenizer.from_str(_read_text(directory, TOKENIZER_FILE))
         except CheckpointError:
             raise
         except Exception as error:  # the library has no type of its own for a file it cannot read
             raise CheckpointError(
-                _TOKENIZER, "", "a tokenizer of the `tokenizers` library", str(error)
+                TOKENIZER_FILE, "", "a tokenizer of the `tokenizers` library", str(error)
             ) from error
         _check_kind(full)
         config = read_tokenizer_config(directory)
@@ -203,15 +203,15 @@ def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
 
 def _check_kind(full: tokenizers.Tokenizer) -> None:
     if not isinstance(full.model, models.BPE):
-        raise CheckpointError(_TOKENIZER, "model.type", "BPE", type(full.model).__name__)
+        raise CheckpointError(TOKENIZER_FILE, "model.type", "BPE", type(full.model).__name__)
     if not isinstance(full.decoder, decoders.ByteLevel):
-        raise CheckpointError(_TOKENIZER, "decoder.type", "ByteLevel", type(full.decoder).__name__)
+        raise CheckpointError(TOKENIZER_FILE, "decoder.type", "ByteLevel", type(full.decoder).__name__)
     for token in full.get_added_tokens_decoder().values():
         # Such a token swallows neighbouring spaces or depends on them; `split_added` matches exact text only.
         if token.lstrip or token.rstrip or token.single_word:
             what = f"added token {token.content!r}"
             raise CheckpointError(
-                _TOKENIZER, what, "lstrip, rstrip and single_word false", "one of them true"
+                TOKENIZER_FILE, what, "lstrip, rstrip and single_word false", "one of them true"
             )
 
 
@@ -220,7 +220,7 @@ def _named_token(config: dict[str, Any], key: str, full: tokenizers.Tokenizer) -
     text = entry.get("content") if isinstance(entry, dict) else entry
     added = {token.content for token in full.get_added_tokens_decoder().values()}
     if not isinstance(text, str) or text not in added:
-        raise CheckpointError(_CONFIG, key, f"an added token of {_TOKENIZER}", repr(text))
+        raise CheckpointError(_CONFIG, key, f"an added token of {TOKENIZER_FILE}", repr(text))
     return text
 
 

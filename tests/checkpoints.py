@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cluster.demo import DEMO as DEMO
+from cluster.demo import OFFICIAL_671B as OFFICIAL_671B
 from model.config import FP8_BLOCK, ModelConfig
 from model.layout import TensorSpec, layout
 

@@ -6,24 +6,28 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from kernels.backend import Backend
-from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from model.decoder import DTYPES, DTypeName
+from model.decoder import DTYPES
+from model.pages import PageCache
 from workers.attention import AttentionWorker, WorkerConfig
 from workers.dispatch import RemoteExperts
 from workers.engine import Engine, EngineConfig
 from workers.experts import ExpertWorker, Urgency, load_experts
-from workers.local import LocalModel, ModelOptions
+from workers.handoff import WayConfig
+from workers.local import LocalModel, ModelOptions, open_checkpoint
 from workers.placement import ExpertPlacement
 from workers.transport.config import EndpointConfig
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.message import TransportError
 from workers.transport.protocol import Address, Deadline
 from workers.wire import Role
+
+if TYPE_CHECKING:
+    from workers.page_ways import Ways
 
 _log = logging.getLogger(__name__)
 
@@ -46,8 +50,7 @@ class ExpertActorConfig:
     name: str
     directory: Path
     groups: range
-    dtype: DTypeName
-    kernels: Backend
+    options: ModelOptions
     token: bytes = field(repr=False)
     tcp_host: TcpHost = None
 
@@ -69,9 +72,9 @@ class ExpertActor:
 
     def __init__(self, config: ExpertActorConfig) -> None:
         torch.set_num_threads(1)
-        checkpoint = Checkpoint.open(config.directory)
-        self._config, self._model_config = config, checkpoint.config
-        self._experts = load_experts(checkpoint, config.groups, DTYPES[config.dtype], config.kernels)
+        checkpoint, options = open_checkpoint(config.directory, config.options), config.options
+        self._config, self._model_config, self._dtype = config, checkpoint.config, DTYPES[options.dtype]
+        self._experts = load_experts(checkpoint, config.groups, self._dtype, options.kernels, options.device)
         self._endpoint = _listening(config.name, config.token, config.tcp_host)
         self._stop = threading.Event()
         self._worker: ExpertWorker | None = None
@@ -90,8 +93,8 @@ class ExpertActor:
         if self._worker:
             self._worker.adopt(placement)
             return
-        config = self._config
-        worker = ExpertWorker(config.name, self._model_config, self._experts, placement, DTYPES[config.dtype])
+        name = self._config.name
+        worker = ExpertWorker(name, self._model_config, self._experts, placement, self._dtype)
         self._worker = worker
         self._thread = threading.Thread(
             target=worker.serve, args=(self._endpoint, self._stop), name="experts", daemon=True
@@ -120,6 +123,7 @@ class AttentionActorConfig:
     """One attention actor.
 
     `layer_seconds` is what a layer of remote experts may take, None for experts in the actor itself;
+    `page_carrier` moves pages between GPUs, None for pages in messages;
     `num_tokens` the room in its pages; `token` and `secret` are the cluster's: to connect, and of page names;
     `tcp_host` as of an expert actor.
     """
@@ -132,6 +136,7 @@ class AttentionActorConfig:
     num_tokens: int
     lease_seconds: float
     layer_seconds: float | None
+    page_carrier: Literal["ipc", "copy", "nccl"] | None
     token: bytes = field(repr=False)
     secret: bytes = field(repr=False)
     tcp_host: TcpHost = None
@@ -151,15 +156,28 @@ class AttentionActor:
         self._endpoints = [_listening(config.name, config.token, config.tcp_host)]
         model = LocalModel(config.directory, config.options, experts=self._remote_experts())
         cache = model.cache(config.num_tokens)
-        engine = Engine(model.decoder, cache, config.engine, config.secret)
+        engine = Engine(model.decoder, cache, config.engine, config.secret, model.graphs(cache))
         num_layers = model.config.num_hidden_layers + bool(config.engine.num_drafts)
         worker_config = WorkerConfig(
             config.name, config.role, model.checkpoint.digest, num_layers, config.lease_seconds
         )
         stats = self._experts.stats if self._experts else None
-        self._worker = AttentionWorker(worker_config, engine, cache, self._endpoints[0], stats)
+        ways = self._ways(cache)
+        self._worker = AttentionWorker(worker_config, engine, cache, self._endpoints[0], stats, ways)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="attention", daemon=True)
+
+    def _ways(self, cache: PageCache) -> "Ways | None":
+        config = self._config
+        if config.page_carrier is None:
+            return None
+        # Imported where they run: Triton takes 60 MiB, which workers without a GPU spare.
+        from workers.page_ways import Ways
+        from workers.transport.nccl_carrier import ENVIRONMENT
+
+        os.environ.update(ENVIRONMENT)  # NCCL reads it when it makes its first communicator
+        host = config.tcp_host() if config.tcp_host else None
+        return Ways(WayConfig(config.page_carrier, f"{config.name}/pages", config.token, host), cache)
 
     def _remote_experts(self) -> RemoteExperts | None:
         config = self._config

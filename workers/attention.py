@@ -9,12 +9,15 @@ import logging
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from model.errors import RequestError
 from model.pages import PageCache
 from workers.dispatch import DispatchError, DispatchStats
 from workers.engine import Engine, NumericalFailure
-from workers.handoff import Arrival, Lapse, Lease, PageReceiver, PageSender
+from workers.handoff import Lapse, Lease
+from workers.page_receiver import Arrival, PageReceiver
+from workers.page_sender import PageSender
 from workers.sequence import Token
 from workers.transport.message import MalformedMessage, Message, TransportError
 from workers.transport.protocol import Deadline, DeadlineExceeded, Endpoint, PeerLost, Received
@@ -36,6 +39,9 @@ from workers.wire import (
     short_key,
     unpack,
 )
+
+if TYPE_CHECKING:
+    from workers.page_ways import Ways
 
 _log = logging.getLogger(__name__)
 
@@ -70,11 +76,15 @@ class AttentionWorker:
         cache: PageCache,
         endpoint: Endpoint,
         dispatch: DispatchStats | None = None,
+        ways: "Ways | None" = None,
     ) -> None:
+        """`ways` are those of pages that go from GPU to GPU; None for pages in messages."""
         self._config, self._engine, self._endpoint, self._dispatch = config, engine, endpoint, dispatch
         lease = Lease(config.digest, config.lease_seconds)
-        self._sender = PageSender(engine, cache, endpoint, lease, config.num_layers)
-        self._receiver = PageReceiver(engine, cache, endpoint, lease, config.num_layers)
+        self._ways = ways
+        out, into = (ways.out, ways.into) if ways else (None, None)
+        self._sender = PageSender(engine, cache, endpoint, lease, config.num_layers, out)
+        self._receiver = PageReceiver(engine, cache, endpoint, lease, config.num_layers, into)
         self._clients: dict[str, str] = {}  # uid -> who reads its tokens
         self._deadlines: dict[str, Deadline] = {}
         self._watchers: set[str] = set()
@@ -96,7 +106,12 @@ class AttentionWorker:
             if not self._engine.is_idle:
                 self._step()
             self._expire()
+            self._sender.proceed()
+            for arrival in self._receiver.take_pushed():
+                self._adopt(arrival)
             self._receiver.grant()
+        if self._ways:
+            self._ways.close()
 
     def _step(self) -> None:
         try:
@@ -123,6 +138,8 @@ class AttentionWorker:
 
     def _read_mail(self) -> None:
         wait = Deadline.after(_POLL_SECONDS if self._engine.is_idle or self._is_stuck else 0)
+        if self._sender.is_busy or self._receiver.is_busy:  # a device says nothing when it is done
+            wait = Deadline.after(0)
         for _ in range(_MAIL_A_STEP):
             try:
                 event = self._endpoint.receive(wait)
@@ -162,6 +179,8 @@ class AttentionWorker:
                     self._receiver.reserve(peer, reserve, received.deadline)
                 case Kind.PAGES:
                     self._receiver.write(peer, message)
+                case Kind.PUSHED:
+                    self._receiver.announce(peer, message)
                 case Kind.HAND_OVER:
                     if arrival := self._receiver.adopt(peer, unpack(HandOver, message)):
                         self._adopt(arrival)

@@ -95,9 +95,15 @@ class PendingSum:
     """A layer whose answers are on their way. `result` may be called once."""
 
     def __init__(
-        self, owner: "RemoteExperts", layer: int, x: Tensor, plan: DispatchPlan, deadline: Deadline
+        self,
+        owner: "RemoteExperts",
+        layer: int,
+        x: Tensor,
+        plan: DispatchPlan,
+        device: torch.device,
+        deadline: Deadline,
     ) -> None:
-        self.layer, self.x, self.plan, self.deadline = layer, x, plan, deadline
+        self.layer, self.x, self.plan, self.device, self.deadline = layer, x, plan, device, deadline
         self.placement: ExpertPlacement | None = None
         self.parts: dict[str, _Part] = {}
         self.sequence = 0
@@ -172,11 +178,15 @@ class RemoteExperts:
     def submit(self, layer: int, x: Tensor, plan: DispatchPlan) -> PendingSum:
         """Send the rows of x [T, D] to their experts. x and plan must stay as they are until the result.
 
+        Rows on a GPU travel by way of the host, which waits for them.
+
         Raises:
             WorkerLost, DeadlineExceeded: see there.
             TooManyNodes: the plan does not keep to `topk_group` workers a token.
         """
-        pending = PendingSum(self, layer, x, plan, Deadline.after(self._layer_seconds))
+        plan = DispatchPlan(plan.experts.cpu(), plan.weights.cpu())
+        deadline = Deadline.after(self._layer_seconds)
+        pending = PendingSum(self, layer, x.cpu(), plan, x.device, deadline)
         self._dispatch(pending)
         self.stats.layers += 1
         self.stats.tokens += len(x)
@@ -305,4 +315,4 @@ class RemoteExperts:
                     (block, PartialSum(values, rows))
                     for block, values in zip(share.blocks, part.sums, strict=True)
                 )
-        return combine(sums, num_tokens, width)
+        return combine(sums, num_tokens, width).to(pending.device)

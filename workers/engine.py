@@ -11,26 +11,25 @@ it. What lies between is `handoff.py`.
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor
 
-from model.decoder import Decoder, MicroBatch
+from model.decoder import Decoder
 from model.errors import PromptTooLong, RequestError
-from model.inputs import PAGE_SIZE, ForwardInputs
+from model.graphs import DecodeGraphs
+from model.inputs import PAGE_SIZE
 from model.pages import PageCache
-from model.sampling import NonFiniteLogits, SampleResult, SampleRow, num_accepted, sample
+from model.sampling import NonFiniteLogits, SampleResult, num_accepted
 from model.stopping import finish_reason
 from workers.allocation import PageAllocator, Wait
 from workers.load import WorkerLoad
 from workers.page_pool import PagePool
 from workers.prefix import PrefixHasher
-from workers.schedule import Batch, Share, schedule
+from workers.runner import Flight, OnLayer, Runner
+from workers.schedule import Batch, Share, schedule, schedule_ahead
 from workers.sequence import Request, Sequence, Token
-from workers.speculate import MAX_DRAFTS, Acceptance, DraftPolicy, DraftShare, draft
+from workers.speculate import MAX_DRAFTS, Acceptance, DraftPolicy, Drafts, DraftShare, draft
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,6 @@ class NumericalFailure(Exception):
         return f"no token can be drawn for {', '.join(sorted(self.uids))}"
 
 
-OnLayer = Callable[[Batch, int], None]
-"""Told that a batch's rows lie in the pages of a layer; its sequences still say how far they were before."""
-
-
 @dataclass(frozen=True)
 class _Waiting:
     request: Request
@@ -93,19 +88,29 @@ class Engine:
 
     Args:
         secret: of the names of pages; the same for all who exchange pages, None for one of its own.
+        graphs: of decode steps with the same model and cache; None runs them eagerly.
     """
 
     def __init__(
-        self, model: Decoder, cache: PageCache, config: EngineConfig, secret: bytes | None = None
+        self,
+        model: Decoder,
+        cache: PageCache,
+        config: EngineConfig,
+        secret: bytes | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         if config.num_drafts and not model.can_draft:
             raise RequestError("drafts", f"is {config.num_drafts}; this checkpoint has no MTP module: use 0")
-        self._model, self._cache, self._config = model, cache, config
+        self._model, self._config = model, config
+        self._runner = Runner(model, cache, config.micro_batches, graphs)
+        self._flight: Flight | None = None  # what runs on the device between two calls of `step`
         self.pool = PagePool(cache.num_pages)
         self._allocator = PageAllocator(self.pool, PrefixHasher(secret or secrets.token_bytes(32)))
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[str, Sequence] = {}
         self._parked: dict[str, Sequence] = {}  # have pages and do not run: reserved, or to be handed over
+        self._drafts = Drafts()  # of the last step, as far as only the device knows them
+        self._ended: list[Sequence] = []  # whose pages the flight still writes to
         self.acceptance = Acceptance()
         self._policy = DraftPolicy(config.num_drafts) if config.adapt else None
         self.num_drafts = config.num_drafts  # of the last step
@@ -120,7 +125,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not self._waiting and not self._running
+        return not self._waiting and not self._running and self._flight is None
 
     def load(self) -> WorkerLoad:
         """How busy it is."""
@@ -200,31 +205,47 @@ class Engine:
         return self._parked.get(uid)
 
     def cancel(self, uid: str) -> None:
-        """Drop a request and free its pages; unknown or ended ones are ignored."""
+        """Drop a request and free its pages, once nothing runs there; unknown or ended ones are ignored."""
         self._waiting = deque(waiting for waiting in self._waiting if waiting.request.uid != uid)
         if sequence := self._running.pop(uid, None) or self._parked.pop(uid, None):
-            self._allocator.end(sequence)
+            if self._flight and self._flight.share_of(sequence) is not None:
+                self._ended.append(sequence)
+            else:
+                self._allocator.end(sequence)
+
+    def detach(self, uid: str) -> Sequence | None:
+        """Forget a parked sequence; its pages stay taken until `release`: a device may still write them."""
+        return self._parked.pop(uid, None)
+
+    def release(self, sequence: Sequence) -> None:
+        """Free the pages of a detached sequence."""
+        self._allocator.end(sequence)
 
     @torch.inference_mode()
     def step(self, on_layer: OnLayer | None = None) -> list[Token]:
         """Run every open request one step further.
 
+        Where it can, it launches the step after that too, so that the device goes on while the host hands out
+        these tokens.
+
         Raises:
             NumericalFailure: some requests are dropped, nothing else has happened.
         """
+        if self._flight and not self._of_use(self._flight):
+            self._drop(self._flight)
         self._admit()
-        batch = schedule(self._running.values(), self._config.chunk)
-        if not batch.shares:
+        if self._flight is None:
+            self._flight = self._launch(on_layer)
+        if self._flight is None:
             return []
-        started = time.perf_counter()
-        verified, self.num_drafts = self.num_drafts, self._choose_drafts(batch)
-        is_decode = batch.is_decode
-        hidden, drawn = self._run(batch, on_layer)
-        tokens = self._commit(batch, hidden, drawn)
+        flight, ahead = self._flight, self._launch_ahead(self._flight)
+        verified, self.num_drafts = self.num_drafts, self._choose_drafts(flight.batch)
+        drawn = self._land(flight, ahead)
+        tokens = self._commit(flight, drawn)
         self.num_steps += 1
         self.num_tokens += len(tokens)
-        if self._policy and verified == self.num_drafts and is_decode:
-            self._policy.pay(len(batch.shares), verified, time.perf_counter() - started)
+        if self._policy and verified == self.num_drafts and flight.is_decode:
+            self._policy.pay(len(flight.batch.shares), verified, time.perf_counter() - flight.started)
         return tokens
 
     def _choose_drafts(self, batch: Batch) -> int:
@@ -273,55 +294,70 @@ class Engine:
                 break
         self._waiting = still_waiting + self._waiting
 
-    def _run(self, batch: Batch, on_layer: OnLayer | None) -> tuple[Tensor, SampleResult]:
-        """Hidden states of all rows, and the model's own token after every row that needs one."""
-        hidden = self._forward(batch, on_layer)
-        logit_rows: list[int] = []
-        sample_rows: list[SampleRow] = []
-        owners: list[str] = []
-        start = 0
-        for share in batch.shares:
-            stop = start + share.num_rows
-            if share.is_last_chunk:
-                logit_rows.extend(range(start + share.num_known - 1, stop))
-                row = share.sequence.next_row()
-                sample_rows.extend(row.after(share.drafts[:place]) for place in range(len(share.drafts) + 1))
-                owners.extend([share.sequence.request.uid] * (len(share.drafts) + 1))
-            start = stop
-        if not logit_rows:
-            return hidden, SampleResult([], [])
+    def _launch(self, on_layer: OnLayer | None) -> Flight | None:
+        """The next step, if there is anything to run."""
+        running = self._running.values()
+        if any(s.phase == "prefill" or s.request.params.has_penalties for s in running):
+            self._drafts.read()  # whoever runs eagerly, or counts tokens, must know them
+        batch = schedule(running, self._config.chunk)
+        if not batch.shares:
+            return None
+        drafts = self._drafts.tokens(share.sequence for share in batch.shares)
+        return self._runner.launch(batch, on_layer, drafts)
+
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
+        """The step after one that runs, where it needs nothing of it that lies not on the device."""
+        if not self._runner.can_run_ahead or self._config.num_drafts or flight.void:
+            return None
+        batch = schedule_ahead(flight.batch, self._running.values())
+        return self._runner.launch_ahead(batch, flight) if batch else None
+
+    def _land(self, flight: Flight, ahead: Flight | None) -> SampleResult:
+        """Wait for what a step has drawn; from then on `ahead` is the flight."""
         try:
-            return hidden, sample(self._model.logits(hidden[logit_rows]), sample_rows)
+            self._drafts.read()
+            drawn = flight.read(self._of_use(flight))
         except NonFiniteLogits as error:
-            uids = frozenset(owners[row] for row in error.rows)
+            self._drop(ahead or flight)  # the one ahead went on from tokens that nobody takes over
+            shares = [flight.batch.shares[i] for i in flight.owners(error.rows)]
+            uids = frozenset(share.sequence.request.uid for share in shares)
             for uid in uids:
                 self.cancel(uid)
             raise NumericalFailure(uids) from error
+        if ahead:
+            ahead.give_up(flight.late)
+        self._change_flight(ahead)
+        return drawn
 
-    def _forward(self, batch: Batch, on_layer: OnLayer | None) -> Tensor:
-        """[T, D] hidden states of all rows, in order."""
-        parts = [
-            MicroBatch(
-                _inputs_of(part, self._model.device), on_layer=partial(on_layer, part) if on_layer else None
-            )
-            for part in (batch.halves() if self._config.micro_batches == 2 else (batch,))
-        ]
-        if len(parts) == 1:
-            return self._model.forward(parts[0].inputs, self._cache, on_layer=parts[0].on_layer)
-        return torch.cat(self._model.forward_in_turn(parts, self._cache))
+    def _drop(self, flight: Flight) -> None:
+        """Let a flight land for nobody."""
+        flight.wait()
+        self._change_flight(None)
 
-    def _commit(self, batch: Batch, hidden: Tensor, drawn: SampleResult) -> list[Token]:
+    def _change_flight(self, flight: Flight | None) -> None:
+        """The last one has landed: nothing writes to the pages of what has ended meanwhile."""
+        self._flight = flight
+        for sequence in self._ended:
+            self._allocator.end(sequence)
+        self._ended = []
+
+    def _of_use(self, flight: Flight) -> list[int]:
+        """Shares whose sequences still run."""
+        sequences = [share.sequence for share in flight.batch.shares]
+        return [i for i, s in enumerate(sequences) if self._running.get(s.request.uid) is s]
+
+    def _commit(self, flight: Flight, drawn: SampleResult) -> list[Token]:
         """Take over the drawn tokens, move every sequence on, and draft for those that go on."""
         out: list[Token] = []
         to_draft: list[DraftShare] = []
-        row = place = 0
-        for share in batch.shares:
+        for i in self._of_use(flight):
+            if i in flight.void:
+                continue
+            share = flight.batch.shares[i]
             sequence, start = share.sequence, share.sequence.num_cached
-            valid, is_last_chunk = share.num_known, share.is_last_chunk
+            valid, is_last_chunk = share.num_known, bool(flight.places[i])
             if is_last_chunk:
-                own = slice(place, place + len(share.drafts) + 1)
-                place = own.stop
-                tokens, accepted = self._take_over(share, drawn, own)
+                tokens, accepted = self._take_over(share, drawn, flight.places[i])
                 out.extend(tokens)
                 valid += accepted
             sequence.num_cached += valid
@@ -331,39 +367,28 @@ class Engine:
             elif self._config.num_drafts:
                 is_drafted = is_last_chunk and not sequence.hands_over
                 num_drafts = min(self.num_drafts, sequence.room - 1) if is_drafted else 0
-                to_draft.append(DraftShare(sequence, start, hidden[row : row + valid], num_drafts))
+                to_draft.append(DraftShare(sequence, start, valid, flight.rows.firsts[i], num_drafts))
             if is_last_chunk and sequence.hands_over and sequence.request.uid in self._running:
                 self._parked[sequence.request.uid] = self._running.pop(sequence.request.uid)
-            row += share.num_rows
-        draft(self._model, self._cache, to_draft)
+        self._drafts = draft(self._runner, flight.rows.hidden, to_draft)
         return out
 
-    def _take_over(self, share: Share, drawn: SampleResult, own: slice) -> tuple[list[Token], int]:
+    def _take_over(self, share: Share, drawn: SampleResult, own: range) -> tuple[list[Token], int]:
         """Append what the model drew, up to the first draft it disagrees with or the end of the answer."""
         sequence, params = share.sequence, share.sequence.request.params
-        token_ids = drawn.tokens[own]
-        accepted = num_accepted(share.drafts, token_ids)
-        self.acceptance.count(len(share.drafts), accepted)
+        drafts = sequence.drafts
+        token_ids, logprobs = drawn.tokens[own.start : own.stop], drawn.logprobs[own.start : own.stop]
+        accepted = num_accepted(drafts, token_ids)
+        self.acceptance.count(len(drafts), accepted)
         if self._policy:
-            self._policy.judge(len(share.drafts), accepted)
+            self._policy.judge(len(drafts), accepted)
         out = []
-        for token_id, logprobs in zip(
-            token_ids[: accepted + 1], drawn.logprobs[own][: accepted + 1], strict=True
-        ):
+        for token_id, logprob in zip(token_ids[: accepted + 1], logprobs, strict=False):
             position = sequence.num_tokens
             sequence.tokens.append(token_id)
             reason = finish_reason(token_id, sequence.num_output, params, self._eos_ids)
             cached = sequence.num_prompt_cached
-            out.append(Token(sequence.request.uid, token_id, position, reason, logprobs, cached))
+            out.append(Token(sequence.request.uid, token_id, position, reason, logprob, cached))
             if reason:
                 break
         return out, accepted
-
-
-def _inputs_of(batch: Batch, device: torch.device) -> ForwardInputs:
-    return ForwardInputs.build(
-        [share.token_ids for share in batch.shares],
-        [share.sequence.num_cached for share in batch.shares],
-        [share.sequence.pages for share in batch.shares],
-        device,
-    )

@@ -19,6 +19,7 @@ from kernels.backend import Backend
 from model.checkpoint import Checkpoint, routed_experts
 from model.config import ModelConfig
 from model.moe import DispatchPlan, LocalExperts, experts_of
+from model.random_weights import RandomCheckpoint
 from workers.placement import ExpertPlacement, PlacementError
 from workers.transport.message import Message, TransportError
 from workers.transport.protocol import Deadline, DeadlineExceeded, Endpoint, Received
@@ -50,9 +51,16 @@ class Refusal(enum.IntEnum):
     SHAPE = 2
 
 
-def load_experts(checkpoint: Checkpoint, groups: range, dtype: torch.dtype, backend: Backend) -> LocalExperts:
+def load_experts(
+    checkpoint: Checkpoint | RandomCheckpoint,
+    groups: range,
+    dtype: torch.dtype,
+    backend: Backend,
+    device: torch.device | str = "cpu",
+) -> LocalExperts:
     """Read some groups' experts of every layer, and nothing else of the checkpoint."""
-    weights = checkpoint.load(routed_experts(experts_of(checkpoint.config, groups)), dtype=dtype)
+    wanted = routed_experts(experts_of(checkpoint.config, groups))
+    weights = checkpoint.load(wanted, dtype=dtype, device=device)
     return LocalExperts(checkpoint.config, weights, groups, backend)
 
 
@@ -72,6 +80,7 @@ class ExpertWorker:
     ) -> None:
         """`dtype` is that of the weights, and of the rows it takes."""
         self._name, self._config, self._experts, self._dtype = name, config, experts, dtype
+        self._device = experts.device
         self.num_answered = self.num_refused = self.num_late = 0
         self.adopt(placement)
 
@@ -131,11 +140,16 @@ class ExpertWorker:
             return self._refuse(message, Refusal.EPOCH)
         if not self._fits(message):
             return self._refuse(message, Refusal.SHAPE)
-        x, experts, weights = message.tensors
+        x, experts, weights = (tensor.to(self._device) for tensor in message.tensors)
         sums = self._experts.block_sums(message.layer, x, DispatchPlan(experts.long(), weights), groups)
         self.num_answered += 1
         return Message(
-            Kind.COMBINE, (sums,), epoch, step=message.step, sequence=message.sequence, layer=message.layer
+            Kind.COMBINE,
+            (sums.cpu(),),
+            epoch,
+            step=message.step,
+            sequence=message.sequence,
+            layer=message.layer,
         )
 
     def _fits(self, message: Message) -> bool:

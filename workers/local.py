@@ -10,15 +10,22 @@ from model.attention import AttentionMode
 from model.checkpoint import Checkpoint, Weights, all_but_routed_experts, everything
 from model.config import ModelConfig
 from model.decoder import DTYPES, Decoder, DTypeName
+from model.graphs import DecodeGraphs
 from model.moe import Experts, LocalExperts
 from model.pages import PageCache, PageFormat
+from model.random_weights import RandomCheckpoint
 from workers.engine import Engine, EngineConfig
 from workers.page_pool import pages_for
+
+WeightSource = Literal["checkpoint", "random"]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is computed: arithmetic's dtype, page format, sparse or dense, which kernels, and where."""
+    """How a model is computed: arithmetic's dtype, page format, sparse or dense, which kernels, and where.
+
+    `weights: random` needs nothing but a `config.json`, of which it may run the first `layers` only.
+    """
 
     dtype: DTypeName = "float32"
     pages: PageFormat = "full"
@@ -26,8 +33,11 @@ class ModelOptions:
     kernels: Backend = "reference"
     device: Literal["cpu", "cuda"] = "cpu"
     third_party: tuple[Literal["deep_gemm", "flash_mla"], ...] = ()
+    weights: WeightSource = "checkpoint"
+    layers: int | None = None
 
     def __post_init__(self) -> None:
+        require(self.layers is None or self.weights == "random", "layers", "goes with weights random only")
         if self.kernels == "triton":
             for field, needed in (("device", "cuda"), ("dtype", "bfloat16"), ("pages", "fp8")):
                 found = getattr(self, field)
@@ -57,7 +67,7 @@ class LocalModel:
             CheckpointError: before anything could run on a bad checkpoint.
         """
         self.options = options
-        self.checkpoint = Checkpoint.open(directory)
+        self.checkpoint = open_checkpoint(directory, options)
         self.config = self.checkpoint.config
         weights = self.checkpoint.load(
             all_but_routed_experts if experts else everything,
@@ -67,6 +77,8 @@ class LocalModel:
             progress=progress,
         )
         self.decoder = build_decoder(self.config, weights, experts, options)
+        # Experts elsewhere are asked by the host, and what a library asks it is not known.
+        self._can_record = options.kernels == "triton" and experts is None and not options.third_party
         assert not weights, f"loaded and not used: {sorted(weights)[:3]}"
 
     def cache(self, num_tokens: int) -> PageCache:
@@ -82,7 +94,23 @@ class LocalModel:
 
     def engine(self, config: EngineConfig, num_tokens: int) -> Engine:
         """An engine whose sequences hold at most so many tokens together."""
-        return Engine(self.decoder, self.cache(num_tokens), config)
+        cache = self.cache(num_tokens)
+        return Engine(self.decoder, cache, config, graphs=self.graphs(cache))
+
+    def graphs(self, cache: PageCache) -> DecodeGraphs | None:
+        """Of decode steps over a cache; None where a step needs the host on its way."""
+        return DecodeGraphs(self.decoder, cache) if self._can_record else None
+
+
+def open_checkpoint(directory: Path, options: ModelOptions) -> Checkpoint | RandomCheckpoint:
+    """Whatever the options say that the weights come from.
+
+    Raises:
+        CheckpointError: it is not as it must be.
+    """
+    if options.weights == "random":
+        return RandomCheckpoint.open(directory, options.layers)
+    return Checkpoint.open(directory)
 
 
 def build_decoder(

@@ -74,3 +74,21 @@ def schedule(running: Iterable[Sequence], max_rows: int) -> Batch:
             shares.append(Share(sequence, num_known, ()))
             budget -= num_known
     return Batch(tuple(shares))
+
+
+def schedule_ahead(batch: Batch, running: Iterable[Sequence]) -> Batch | None:
+    """What runs after a batch, as far as that can be told before its tokens are known.
+
+    That is one row of each sequence which goes on, or nothing: if a prompt begins or goes on, if drafts are
+    verified, or if somebody wants to see a token before the next one is drawn.
+    """
+    going = {id(sequence) for sequence in running}
+    if not going <= {id(share.sequence) for share in batch.shares}:
+        return None
+    if any(share.num_rows > 1 or share.sequence.phase == "prefill" for share in batch.shares):
+        return None
+    params = [share.sequence.request.params for share in batch.shares]
+    if any(each.has_penalties or each.logprobs is not None for each in params):
+        return None
+    shares = [share for share in batch.shares if id(share.sequence) in going and share.sequence.room > 1]
+    return Batch(tuple(shares)) if shares else None

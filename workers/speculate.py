@@ -1,20 +1,23 @@
 """Drafting with the MTP module, and the count of what became of the drafts.
 
 A draft costs nothing but time: the model verifies it by drawing its own token at that place, with the same
-noise, and comparing. So the answer is the same with any number of drafts.
+noise, and comparing. So the answer is the same with any number of drafts. The host need not know a draft
+before it knows the model's own token, so drafts stay on the device where the next step can take them there.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from model.decoder import Decoder
-from model.inputs import ForwardInputs
-from model.pages import PageCache
-from model.sampling import NonFiniteLogits, draw
+from model.graphs import StepRows
+from model.sampling import Drawing, NonFiniteLogits
+from model.transfer import take
+from workers.runner import Runner
 from workers.sequence import Sequence
 
+UNKNOWN = -1  # in place of a draft that only the device knows
 MAX_DRAFTS = 3  # one MTP module fed back on itself: acceptance decays fast after the first draft
 
 _DECAY = 0.05  # weight of the newest measurement
@@ -99,60 +102,97 @@ class DraftPolicy:
 
 @dataclass(frozen=True)
 class DraftShare:
-    """Rows of one sequence for the MTP module: positions [start, start + R) with hidden states [R, D].
+    """Rows of one sequence for the MTP module: positions [start, start + num_rows), whose hidden states begin
+    at `first`.
 
     `num_drafts` is 0 for a chunk of a prompt, which only fills the MTP layer's pages.
     """
 
     sequence: Sequence
     start: int
-    hidden: Tensor
+    num_rows: int
+    first: int
     num_drafts: int
 
 
-def draft(model: Decoder, cache: PageCache, shares: list[DraftShare]) -> None:
+class Drafts:
+    """Drafts that lie on the device. Until they are read, `UNKNOWN` stands for each in its sequence."""
+
+    def __init__(self) -> None:
+        self._drawn: list[tuple[list[Sequence], Drawing]] = []  # by place
+
+    def add(self, sequences: list[Sequence], drawn: Drawing) -> None:
+        """The next draft of each of these."""
+        self._drawn.append((sequences, drawn))
+        for sequence in sequences:
+            sequence.drafts.append(UNKNOWN)
+
+    def tokens(self, sequences: Iterable[Sequence]) -> Tensor | None:
+        """[N] int64, all drafts of these in order, or None where there are none."""
+        owners = [(place, id(s)) for place, (drafted, _) in enumerate(self._drawn) for s in drafted]
+        row_of = {owner: row for row, owner in enumerate(owners)}
+        rows = [row_of[place, id(s)] for s in sequences for place in range(len(s.drafts))] if owners else []
+        return take(torch.cat([drawn.tokens for _, drawn in self._drawn]), rows) if rows else None
+
+    def read(self) -> None:
+        """Bring them into their sequences. One that could not be drawn is no token, and never accepted."""
+        for place, (sequences, drawn) in enumerate(self._drawn):
+            for sequence, token_id in zip(sequences, drawn.read_tokens(wanted=()), strict=True):
+                sequence.drafts[place] = token_id
+        self._drawn = []
+
+
+def draft(runner: Runner, hidden: Tensor, shares: list[DraftShare]) -> Drafts:
     """Fill the MTP layer's pages for rows that the main model has run, and leave drafts in the sequences.
 
     The row of position i carries token i + 1, which must be known.
+
+    Args:
+        hidden: [N, D] of the main model.
+
+    Returns:
+        What still has to be read.
     """
+    drafts = Drafts()
     if not shares:
-        return
-    num_rows = [len(share.hidden) for share in shares]
-    inputs = ForwardInputs.build(
-        [
-            share.sequence.tokens[share.start + 1 : share.start + 1 + rows]
-            for share, rows in zip(shares, num_rows, strict=True)
-        ],
+        return drafts
+    rows = StepRows(
+        [share.sequence.tokens[share.start + 1 : share.start + 1 + share.num_rows] for share in shares],
         [share.start for share in shares],
         [share.sequence.pages for share in shares],
-        device=shares[0].hidden.device,
     )
-    hidden = model.draft(inputs, torch.cat([share.hidden for share in shares]), cache)
-    last = hidden[[segment.stop - 1 for segment in inputs.segments]]
+    last = runner.draft(rows, hidden, [share.first for share in shares])
     for share in shares:
         share.sequence.drafts = []
-    _draft_on(model, cache, shares, last)
+    _draft_on(runner, shares, last, drafts)
+    return drafts
 
 
-def _draft_on(model: Decoder, cache: PageCache, shares: list[DraftShare], last: Tensor) -> None:
+def _draft_on(runner: Runner, shares: list[DraftShare], last: Tensor, drafts: Drafts) -> None:
     """Draw drafts from each sequence's last MTP state [S, D], feeding it back while more are wanted."""
+    # A penalty counts the drafts before it.
+    at_once = not runner.can_run_ahead or any(s.sequence.request.params.has_penalties for s in shares)
+    drawn: Drawing | None = None
     for place in range(MAX_DRAFTS):
         going = [i for i, share in enumerate(shares) if share.num_drafts > place]
         if not going:
             return
-        shares, last = [shares[i] for i in going], last[going]
+        shares, last = [shares[i] for i in going], take(last, going)
         sequences = [share.sequence for share in shares]
-        if place:
-            inputs = ForwardInputs.build(
+        if drawn:
+            rows = StepRows(
                 [sequence.drafts[-1:] for sequence in sequences],
                 [sequence.num_tokens + place - 2 for sequence in sequences],
                 [sequence.pages for sequence in sequences],
-                device=last.device,
+                None if at_once else take(drawn.tokens, going),
             )
-            last = model.draft(inputs, last, cache)
-        rows = [sequence.next_row().after(sequence.drafts) for sequence in sequences]
+            last = runner.draft(rows, last, list(range(len(sequences))))
+        drawn = runner.draw(last, [sequence.next_row().after(sequence.drafts) for sequence in sequences])
+        if not at_once:
+            drafts.add(sequences, drawn)
+            continue
         try:
-            token_ids = draw(model.logits(last), rows)
+            token_ids = drawn.read_tokens()
         except NonFiniteLogits:  # a step does without drafts; the model's own logits are judged elsewhere
             return
         for sequence, token_id in zip(sequences, token_ids, strict=True):

@@ -2,11 +2,12 @@
 
     gateway -> worker     WATCH, GENERATE, CANCEL
     worker -> gateway     TOKENS, FAILED, STATUS
-    prefill -> decode     RESERVE, PAGES, HAND_OVER, DROP
+    prefill -> decode     RESERVE, PAGES, PUSHED, HAND_OVER, DROP
     decode -> prefill     GRANT, ADOPTED, DROP
 
-PAGES is the one kind without JSON: its header and tensors say all (`handoff.py`). Values are checked against
-their types when they are read; nothing is unpickled. A request's time left travels in the header's budget.
+PAGES and PUSHED are the kinds without JSON: header and tensors say all (`handoff.py`). Values are checked
+against their types when they are read; nothing is unpickled. A request's time left travels in the header's
+budget.
 """
 
 import enum
@@ -45,6 +46,7 @@ class Kind(enum.IntEnum):
     HAND_OVER = 35
     ADOPTED = 36
     DROP = 37
+    PUSHED = 38
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,24 @@ class Reserve:
 
 
 @dataclass(frozen=True)
+class WayAddress:
+    """Where the peer of a way for pages waits to be joined (`page_ways.py`). `epoch` names the pairing."""
+
+    address: Address
+    epoch: int
+
+
+@dataclass(frozen=True)
 class Grant:
-    """Pages are reserved under a lease; those before `first_page` are known here and need not be sent."""
+    """Pages are reserved under a lease; those before `first_page` are known here and need not be sent.
+
+    `way` is the one by which they are to come; None for messages.
+    """
 
     uid: str
     lease: int
     first_page: int
+    way: WayAddress | None = None
 
 
 @dataclass(frozen=True)

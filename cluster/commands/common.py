@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from kernels.backend import UnsupportedKernel, require
 from model.errors import CheckpointError, RequestError
 from model.sampling_params import SamplingParams
 from workers.engine import EngineConfig
-from workers.local import LocalModel, ModelOptions
+from workers.local import LocalModel, ModelOptions, WeightSource
 
 
 def checkpoint_directory(path: Path) -> Path:
@@ -36,14 +37,17 @@ def model_options(options: Namespace) -> ModelOptions:
     """How the model is computed: what the options say, and else what goes with the kernels they name.
 
     Raises:
-        UnsupportedKernel: they do not go together.
+        RequestError, UnsupportedKernel: they do not go together.
     """
+    weights: WeightSource = getattr(options, "weights", "checkpoint")
+    layers: int | None = getattr(options, "layers", None)
+    if layers is not None and weights != "random":
+        raise RequestError("--layers", "goes with --weights random only: a checkpoint is served whole")
+    make = partial(ModelOptions, attention=options.attention, weights=weights, layers=layers)
     if getattr(options, "kernels", "reference") == "reference":
-        return ModelOptions(options.dtype or "float32", options.pages or "full", options.attention)
+        return make(options.dtype or "float32", options.pages or "full")
     require(torch.cuda.is_available(), "triton", "no GPU can be used here (torch finds none)")
-    return ModelOptions(
-        options.dtype or "bfloat16", options.pages or "fp8", options.attention, options.kernels, "cuda"
-    )
+    return make(options.dtype or "bfloat16", options.pages or "fp8", kernels="triton", device="cuda")
 
 
 def sampling_params(options: Namespace, max_tokens: int) -> SamplingParams:

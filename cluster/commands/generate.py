@@ -13,8 +13,9 @@ from cluster.commands.common import (
     read_prompt_ids,
     sampling_params,
 )
+from model.errors import RequestError
 from model.stopping import FinishReason
-from model.tokenizer import Detokenizer, Tokenizer
+from model.tokenizer import TOKENIZER_FILE, Detokenizer, Tokenizer
 from workers.answer import TextAnswer
 from workers.engine import Engine
 from workers.sequence import Request, Token
@@ -26,9 +27,11 @@ def run(options: Namespace) -> int:
         sampling_params(options, options.max_tokens), stop=tuple(options.stop), ignore_eos=options.ignore_eos
     )
     config = engine_config(options)
-    prompt_ids = read_prompt_ids(options.prompt_ids) if options.prompt_ids else None
-    tokenizer = Tokenizer.load(checkpoint_directory(options.model))
-    if prompt_ids is None:
+    tokenizer = load_tokenizer(options)
+    if options.prompt_ids:
+        prompt_ids = read_prompt_ids(options.prompt_ids)
+    else:
+        assert tokenizer, "load_tokenizer refuses"
         prompt_ids = tokenizer.encode(options.prompt)
         if prompt_ids[:1] != [tokenizer.bos_id]:
             prompt_ids = [tokenizer.bos_id, *prompt_ids]
@@ -44,9 +47,37 @@ def run(options: Namespace) -> int:
     return 0
 
 
+def load_tokenizer(options: Namespace) -> Tokenizer | None:
+    """The directory's tokenizer, or None where random weights lie beside none.
+
+    Raises:
+        RequestError: there is none, and options about text.
+    """
+    directory = checkpoint_directory(options.model)
+    if options.weights == "checkpoint" or (directory / TOKENIZER_FILE).exists():
+        return Tokenizer.load(directory)
+    if options.prompt is not None or options.stop:
+        field = "--stop" if options.prompt is None else "--prompt"
+        problem = f"needs a {TOKENIZER_FILE}, which {directory.name} has not: use --prompt-ids"
+        raise RequestError(field, problem)
+    return None
+
+
+class IdAnswer:
+    """As `TextAnswer` where there is no tokenizer: the ids themselves, in digits."""
+
+    stopped = False
+
+    def push(self, token: Token) -> str:
+        return f"{token.token_id}" if token.finish_reason else f"{token.token_id} "
+
+
 @dataclass(frozen=True)
 class Report:
-    """What `--json` prints. Seconds count from the request to its first token, and from there to the end."""
+    """What `--json` prints. Seconds count from the request to its first token, and from there to the end.
+
+    Without a tokenizer `text` is the output's ids in digits.
+    """
 
     prompt_ids: list[int]
     output_ids: list[int]
@@ -70,9 +101,9 @@ class Report:
         return line
 
 
-def generate(engine: Engine, request: Request, tokenizer: Tokenizer, *, stream: bool) -> Report:
+def generate(engine: Engine, request: Request, tokenizer: Tokenizer | None, *, stream: bool) -> Report:
     """Run one request to its end, printing the text as it comes if asked to."""
-    answer = TextAnswer(Detokenizer(tokenizer), request)
+    answer = TextAnswer(Detokenizer(tokenizer), request) if tokenizer else IdAnswer()
     tokens: list[Token] = []
     text = ""
     engine.add(request)

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,25 +17,31 @@ from cluster.config import ClusterConfig
 from cluster.gateway.cluster_backend import ClusterBackend
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.gateway.server import GatewayServer
-from cluster.launch import ClusterError, start_backend
+from cluster.launch import ClusterError, Say, start_backend
 from model.inputs import PAGE_SIZE
 
 EMBEDDED = Path(__file__).parent.parent / "embedded.yaml"
 _CONNECT_SECONDS = 30.0
 
+Start = Callable[[ClusterConfig, ExitStack, Say], EngineBackend | ClusterBackend]
+
 
 def run(options: Namespace) -> int:
     """Load, serve, drain."""
-    config = ClusterConfig.load(options.config or EMBEDDED)
+    return serve("serve", ClusterConfig.load(options.config or EMBEDDED), start_backend)
+
+
+def serve(command: str, config: ClusterConfig, start: Start) -> int:
+    """Serve whatever `start` starts until the command is interrupted; returns its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Says of every cut stream that its response is incomplete, which is the purpose.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     started = time.perf_counter()
     with ExitStack() as stack:
         try:
-            backend = start_backend(config, stack, _say)
+            backend = start(config, stack, _say)
         except ClusterError as error:
-            print(f"eightfold serve: {error}", file=sys.stderr)
+            print(f"eightfold {command}: {error}", file=sys.stderr)
             return EXIT_FAILED
         return asyncio.run(_serve(config, backend, started))
 

@@ -28,7 +28,7 @@ from kernels.latent_outputs import latent_outputs
 from kernels.quantize_rows import quantize_rows
 from kernels.query_inputs import query_inputs
 from kernels.select_slots import select_slots
-from model.attention import LATENT_NORM_EPS, AttentionMode, expanded_limit
+from model.attention import LATENT_NORM_EPS, AttentionMode, expanded_pays
 from model.checkpoint import Weights
 from model.config import ModelConfig
 from model.fused.feed_forward import Quantized
@@ -53,7 +53,6 @@ class FusedAttention:
         ops: Operations,
     ) -> None:
         self._config, self._mode, self._backend, self._ops = config, mode, backend, ops
-        self._expanded_limit = expanded_limit(config)
         self._from_hidden = Fp8Matrix.take(
             weights,
             f"{prefix}.q_a_proj.weight",
@@ -160,7 +159,7 @@ class FusedAttention:
         for sequence in prompts:
             segment = inputs.segments[sequence]
             rows = slice(segment.start, segment.stop)
-            heads[rows] = self._prefill(queries.of(rows), inputs, sequence, pages, positions)
+            self._prefill(queries.of(rows), inputs, sequence, pages, positions, out=heads[rows])
         return quantize_rows(heads.flatten(1), backend=backend)
 
     def _absorb(self, queries: "_Queries") -> Tensor:
@@ -227,8 +226,9 @@ class FusedAttention:
         sequence: int,
         pages: LayerPages,
         positions: Tensor,
-    ) -> Tensor:
-        """[T, H, V] of one sequence's rows: expanded while the context is short, then absorbed."""
+        out: Tensor,
+    ) -> None:
+        """Fill out [T, H, V] for one sequence's rows: expanded while the context is short, then absorbed."""
         config, backend = self._config, self._backend
         segment = inputs.segments[sequence]
         rows = slice(segment.start, segment.stop)
@@ -240,21 +240,27 @@ class FusedAttention:
             kv_lora_rank=config.kv_lora_rank,
             backend=backend,
         )
+        # The first rows may see no more than they could choose: they have no choice to make.
+        free = segment.num_rows
+        if self._mode == "sparse":
+            free = min(max(free + config.index_topk - segment.kv_len, 0), free)
         chosen = None
-        if self._mode == "sparse" and segment.kv_len > config.index_topk:
-            chosen = self._select(queries, visible, inputs, sequence, pages)
+        if free < segment.num_rows:
+            choosing = slice(free, None)
+            chosen = self._select(queries.of(choosing), visible[choosing], inputs, sequence, pages)
         if positions.numel():
-            positions[rows] = _everything(visible, config.index_topk) if chosen is None else chosen
-        if chosen is None or segment.kv_len <= self._expanded_limit:
-            return self._expanded(queries.q, queries.absorbed, latents, visible, chosen)
+            positions[rows] = _with_everything(visible[:free], chosen, config.index_topk)
+        if chosen is None or expanded_pays(config, segment.num_rows, segment.kv_len):
+            self._expanded(queries.q, queries.absorbed, latents, visible, chosen, out)
+            return
         attended = self._ops.sparse_mla_prefill(
             self._absorb(queries),
             latents,
-            chosen,
+            _with_everything(visible[:free], chosen, config.index_topk),
             scale=config.softmax_scale,
             kv_lora_rank=config.kv_lora_rank,
         )
-        return per_head_gemm(attended, self._w_uv, backend=backend)
+        per_head_gemm(attended, self._w_uv, out=out, backend=backend)
 
     def _select(
         self,
@@ -294,9 +300,15 @@ class FusedAttention:
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
     def _expanded(
-        self, q: Tensor, absorbed: Tensor, latents: Tensor, visible: Tensor, chosen: Tensor | None
-    ) -> Tensor:
-        """[T, H, V] over keys and values expanded from all latents [L, C + R]."""
+        self,
+        q: Tensor,
+        absorbed: Tensor,
+        latents: Tensor,
+        visible: Tensor,
+        chosen: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Fill out [T, H, V], over keys and values expanded from all latents [L, C + R]."""
         config, backend = self._config, self._backend
         c, k_pe = latents.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         expanded = self._ops.fp8_gemm(
@@ -306,9 +318,8 @@ class FusedAttention:
         ).unflatten(-1, (config.num_attention_heads, -1))
         k_nope, v = expanded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         q_nope, q_pe = q[..., : config.qk_nope_head_dim], absorbed[..., config.kv_lora_rank :]
-        k_pe = k_pe.unsqueeze(1).expand(-1, config.num_attention_heads, -1)
-        q, k = torch.cat([q_nope, q_pe], dim=-1), torch.cat([k_nope, k_pe], dim=-1)
-        return expanded_mha(q, k, v.contiguous(), visible, chosen, config.softmax_scale, backend=backend)
+        scale = config.softmax_scale
+        expanded_mha(q_nope, q_pe, k_nope, k_pe, v, visible, chosen, scale, out=out, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -337,3 +348,10 @@ def _everything(visible: Tensor, num: int) -> Tensor:
     """[T, num] int32: all that a row sees, -1 padded."""
     places = torch.arange(num, dtype=torch.int32, device=visible.device)
     return places.masked_fill(places >= visible.unsqueeze(1), -1)
+
+
+def _with_everything(visible: Tensor, chosen: Tensor | None, num: int) -> Tensor:
+    """[T, num] int32: all that the first rows see, then what the others have chosen."""
+    if chosen is None:
+        return _everything(visible, num)
+    return torch.cat([_everything(visible, num), chosen]) if len(visible) else chosen

@@ -3,17 +3,20 @@
 Shapes: T tokens, D width, I inner width, e experts held here, k experts a token, R = T * k routed rows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kernels.backend import Backend, require
 from kernels.bf16_gemm import bf16_gemm
-from kernels.dispatch_plan import RoutedRows, dispatch_plan, list_rows_reference
+from kernels.dispatch_plan import dispatch_plan
 from kernels.expert_sum import expert_sum
+from kernels.group_tree import blocks_of
 from kernels.grouped_fp8_gemm import grouped_fp8_gemm
+from kernels.list_rows import RoutedRows, list_rows
 from kernels.quantize_rows import quantize_rows
 from kernels.swiglu_quantize import swiglu_quantize
 from model.checkpoint import Weights
@@ -24,6 +27,29 @@ from model.moe import DispatchPlan, Done, Experts, PendingSum, WithShared, exper
 
 Quantized = tuple[Tensor, Tensor]
 """Rows [T, K] e4m3 and their scales [T, K / 128] float32."""
+
+
+@runtime_checkable
+class QuantizedExperts(Protocol):
+    """Experts that take a fused layer's rows as they are: here (`FusedExperts`), or on other GPUs."""
+
+    @property
+    def listed(self) -> range:
+        """The experts whose rows a plan lists for `submit_quantized`."""
+        ...
+
+    def submit_quantized(
+        self, layer: int, x: Quantized, plan: RoutedRows, shared: Callable[[], Tensor]
+    ) -> PendingSum:
+        """Begin with T rows; x and plan must stay as they are until the result is taken.
+
+        Args:
+            shared: computes the shared expert's rows [T, D] bf16; called once, when the others have begun.
+
+        Returns:
+            [T, D] bf16: for each token the weighted sum of its experts, and of the shared one.
+        """
+        ...
 
 
 class FusedFeedForward:
@@ -68,19 +94,38 @@ class FusedExperts:
             )
             self._down[layer] = _stacked([Fp8Matrix.take(weights, f"{n}.down_proj.weight") for n in names])
 
+    @property
+    def listed(self) -> range:
+        """As `QuantizedExperts.listed`: those held here."""
+        return range(self.first, self.first + self.num_held)
+
     def submit(self, layer: int, x: Tensor, plan: DispatchPlan) -> PendingSum:
-        """As `Experts.submit`, for rows of another gate; a `FusedMoE` here calls `forward`."""
-        config = self._config
-        rows = list_rows_reference(
-            plan.experts,
-            plan.weights,
-            all_experts=config.n_routed_experts,
-            num_groups=config.n_group,
+        """As `Experts.submit`, for rows of another gate; a `FusedMoE` here calls `submit_quantized`."""
+        quantized = quantize_rows(x, backend=self._backend)
+        rows = self.list_rows(plan.experts.int(), plan.weights)
+        return Done(self.forward(layer, quantized, rows, None, torch.float32))
+
+    def submit_quantized(
+        self, layer: int, x: Quantized, plan: RoutedRows, shared: Callable[[], Tensor]
+    ) -> PendingSum:
+        """As `QuantizedExperts`; nobody else is there to do it meanwhile, so it is done at once."""
+        return Done(self.forward(layer, x, plan, shared()))
+
+    def holds(self, layer: int) -> bool:
+        """Whether a layer's experts are here."""
+        return layer in self._gate_up
+
+    def list_rows(self, experts: Tensor, weights: Tensor) -> RoutedRows:
+        """The rows of the experts held here, of somebody else's choice [T, k] int32 and its weights."""
+        return list_rows(
+            experts,
+            weights,
+            all_experts=self._config.n_routed_experts,
+            num_groups=self._config.n_group,
             first_expert=self.first,
             num_experts=self.num_held,
+            backend=self._backend,
         )
-        quantized = quantize_rows(x, backend=self._backend)
-        return Done(self.forward(layer, quantized, rows, None, torch.float32))
 
     def forward(
         self,
@@ -95,21 +140,34 @@ class FusedExperts:
         Args:
             shared: [T, D], the shared expert's rows, or None.
         """
+        return self._sum(self._outputs(layer, x, plan), plan, self.groups, shared, dtype)
+
+    def block_sums(self, layer: int, x: Quantized, plan: RoutedRows) -> list[Tensor]:
+        """[T, D] bf16 for each block of the tree that the groups held here fall into (one at full size)."""
+        outputs = self._outputs(layer, x, plan)
+        return [self._sum(outputs, plan, block, None, torch.bfloat16) for block in blocks_of(self.groups)]
+
+    def _outputs(self, layer: int, x: Quantized, plan: RoutedRows) -> Tensor:
+        """[R, D] bf16: what each expert here makes of each of its rows, in the plan's order."""
         gate_up, down = self._gate_up[layer], self._down[layer]
         # Rows an expert gets on average decide the tiles; who gets how many is known on the device alone.
         expected = max(1, plan.rows.numel() // self._config.n_routed_experts)
         multiply = partial(grouped_fp8_gemm, expected_rows=expected, backend=self._backend)
         both = multiply(*x, gate_up.values, gate_up.scales, plan.offsets, plan.rows)
         inner = swiglu_quantize(both, num_valid=plan.offsets[-1:], backend=self._backend)
-        out = multiply(*inner, down.values, down.scales, plan.offsets, None)
+        return multiply(*inner, down.values, down.scales, plan.offsets, None)
+
+    def _sum(
+        self, outputs: Tensor, plan: RoutedRows, groups: range, shared: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         return expert_sum(
-            out,
+            outputs,
             plan.places,
             plan.experts,
             plan.weights,
             group_size=self._config.group_size,
-            first_group=self.groups.start,
-            num_groups=len(self.groups),
+            first_group=groups.start,
+            num_groups=len(groups),
             shared=shared,
             dtype=dtype,
             backend=self._backend,
@@ -122,7 +180,7 @@ def _stacked(parts: list[Fp8Matrix]) -> Fp8Matrix:
 
 
 class FusedMoE:
-    """Gate, shared expert, and the routed experts: here (`FusedExperts`), or wherever `experts` has them."""
+    """Gate, shared expert, and the routed experts: here, on other GPUs, or wherever `experts` has them."""
 
     def __init__(
         self,
@@ -135,6 +193,8 @@ class FusedMoE:
     ) -> None:
         prefix = f"model.layers.{layer}.mlp"
         self._config, self._layer, self._experts, self._backend = config, layer, experts, backend
+        self._quantized = experts if isinstance(experts, QuantizedExperts) else None
+        self._listed = self._quantized.listed if self._quantized else range(config.n_routed_experts)
         gate = weights.take(f"{prefix}.gate.weight")
         self._gate = gate.to(torch.bfloat16)
         require(
@@ -155,14 +215,14 @@ class FusedMoE:
         plan = self._plan(normed)
         if routed is not None:
             routed.append(plan.experts.long())
-        if isinstance(self._experts, FusedExperts):
-            return Done(self._experts.forward(self._layer, x, plan, self._shared.forward(x)))
+        shared = partial(self._shared.forward, x)
+        if self._quantized:
+            return self._quantized.submit_quantized(self._layer, x, plan, shared)
         pending = self._experts.submit(self._layer, normed, DispatchPlan(plan.experts.long(), plan.weights))
-        return WithShared(pending, self._shared.forward(x))
+        return WithShared(pending, shared())
 
     def _plan(self, normed: Tensor) -> RoutedRows:
         config = self._config
-        held = self._experts if isinstance(self._experts, FusedExperts) else None
         return dispatch_plan(
             bf16_gemm(normed, self._gate, backend=self._backend),
             self._bias,
@@ -171,7 +231,7 @@ class FusedMoE:
             k=config.num_experts_per_tok,
             normalize=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
-            first_expert=held.first if held else 0,
-            num_experts=held.num_held if held else config.n_routed_experts,
+            first_expert=self._listed.start,
+            num_experts=len(self._listed),
             backend=self._backend,
         )

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.cli import EXIT_USER_ERROR, main
-from tests.checkpoints import DEMO
+from model.tokenizer import Tokenizer
+from tests.checkpoints import DEMO, OFFICIAL_671B
 
 ROOT = DEMO.parent.parent
+GENERATE = ["generate", "--max-tokens", "1"]
+RANDOM = [*GENERATE, "--weights", "random"]
 
 
 def command(*arguments: str) -> list[str]:
@@ -75,6 +78,30 @@ def test_generate_streams_text_up_to_a_stop_string(capsys: pytest.CaptureFixture
     assert "tokens in" in output.err
 
 
+def test_random_weights_need_a_configuration_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_bytes((DEMO / "config.json").read_bytes())
+    (tmp_path / "ids.json").write_text("[0, 425, 1125]")
+    model = ["--model", str(tmp_path), "--weights", "random", "--layers", "2"]
+    prompt = ["--prompt-ids", str(tmp_path / "ids.json")]
+    assert main(["generate", *model, *prompt, "--max-tokens", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["text"] == " ".join(map(str, report["output_ids"]))
+    assert main(["generate", *model, *prompt, "--max-tokens", "4", "--drafts", "2"]) == 0
+    assert capsys.readouterr().out == report["text"]
+    out = tmp_path / "out.safetensors"
+    assert main(["logits", *model, *prompt, "--out", str(out), "--selected"]) == 0
+    tensors = load_file(out)
+    assert tensors["logits"].argmax() == report["output_ids"][0]
+    assert tensors["selected"].shape[0] == 2
+
+
+def test_random_weights_speak_through_a_tokenizer_that_lies_there(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--weights", "random", "--layers", "1", "--prompt", "def", "--max-tokens", "3"]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["text"] == Tokenizer.load(DEMO).decode(report["output_ids"])
+
+
 @pytest.mark.parametrize("pages", ["full", "fp8"])
 def test_logits_writes_what_the_oracle_says(tmp_path: Path, pages: str) -> None:
     oracle = load_file(DEMO / "oracle.safetensors")
@@ -105,16 +132,14 @@ def test_inspect_checks_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(report["weights_digest"]) == 64
 
 
-def test_inspect_knows_the_official_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    official = Path(__file__).parent.parent / "model" / "config_671b.json"
-    (tmp_path / "config.json").write_bytes(official.read_bytes())
-    assert main(["inspect", "--json", str(tmp_path)]) == 0
+def test_inspect_knows_the_official_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--json", str(OFFICIAL_671B)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["parameters"] == 671_877_944_064
     assert report["parameters_mtp"] == 11_624_027_648
     assert report["cache_bytes_per_token"]["fp8"] == 48_856
     assert "configuration only" in report["checked"]
-    assert main(["inspect", str(tmp_path)]) == 0
+    assert main(["inspect", str(OFFICIAL_671B)]) == 0
     assert "671,877,944,064" in capsys.readouterr().out
 
 
@@ -128,6 +153,16 @@ def test_inspect_knows_the_official_shape(tmp_path: Path, capsys: pytest.Capture
         (["generate", "--prompt", "x", "--max-tokens", "1", "--model", "nowhere"], "nowhere"),
         (["generate", "--prompt-ids", "nowhere.json", "--max-tokens", "1"], "nowhere.json"),
         (["logits", "--prompt-ids", "nowhere.json", "--out", "x"], "nowhere.json"),
+        (
+            [*RANDOM, "--layers", "7", "--prompt", "x"],
+            "layers: expected 1 to 6, its num_hidden_layers, found 7",
+        ),
+        (
+            [*RANDOM, "--layers", "0", "--prompt", "x"],
+            "layers: expected 1 to 6, its num_hidden_layers, found 0",
+        ),
+        ([*GENERATE, "--layers", "2", "--prompt", "x"], "--layers: goes with --weights random only"),
+        ([*RANDOM, "--model", str(OFFICIAL_671B), "--prompt", "x"], "--prompt: needs a tokenizer.json"),
         (["inspect", "nowhere"], "nowhere"),
     ],
 )

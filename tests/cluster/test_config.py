@@ -64,12 +64,13 @@ def test_paths_start_from_the_file(tmp_path: Path) -> None:
         ("model: {kernels: triton}", "'triton' goes with device cuda, not cpu"),
         ("model: {kernels: triton, device: cuda, dtype: bfloat16}", "goes with pages fp8, not full"),
         ("model: {kernels: triton, deterministic: true}", "goes with kernels: reference only"),
-        (
-            f"model: {{{GPU}}}\nexperts: {{placement: pool}}",
-            "leave out prefill, decode and experts.placement",
-        ),
-        (f"model: {{{GPU}}}\nprefill: {{}}\ndecode: {{}}", "model.device: cuda is one process"),
+        ("model: {device: cuda, deterministic: true}", "goes with device: cpu only"),
+        (f"model: {{{GPU}}}\nexperts: {{placement: pool}}", "triton goes with experts.placement: local"),
+        ("prefill: {gpus: 1.5}\ndecode: {}", "prefill.gpus: is 1.5"),
         ("model: {third_party: [deep_gemm]}", "third_party: goes with kernels triton only"),
+        ("model: {weights: none}", "model.weights: is 'none'; it should be 'checkpoint' or 'random'"),
+        ("model: {weights: random, layers: 0}", "model.layers: is 0"),
+        ("model: {layers: 3}", "layers: goes with weights random only"),
         ("engine: {chunk: 1, chunk: 2}", "'chunk' stands twice in line 1"),
         ("a: &x [1]\nb: *x", "aliases are not used here in line 2"),
         ("a: !!python/object/apply:os.system [ls]", "is not YAML that can be used"),
@@ -101,6 +102,11 @@ def test_the_description_of_make_serve_is_a_cluster_of_eight_expert_actors() -> 
 def test_kernels_and_libraries_for_a_gpu(tmp_path: Path) -> None:
     options = load(tmp_path, f"model: {{{GPU}, third_party: [flash_mla]}}").model.options()
     assert (options.kernels, options.device, options.third_party) == ("triton", "cuda", ("flash_mla",))
+
+
+def test_random_weights_and_how_many_layers(tmp_path: Path) -> None:
+    options = load(tmp_path, "model: {weights: random, layers: 5}").model.options()
+    assert (options.weights, options.layers) == ("random", 5)
 
 
 def test_deterministic_arithmetic_is_one_word(tmp_path: Path) -> None:

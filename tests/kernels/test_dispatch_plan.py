@@ -8,10 +8,10 @@ from torch import Tensor
 
 import kernels.dispatch_lists
 import kernels.dispatch_plan
+import kernels.list_rows
 from kernels.backend import Backend, UnsupportedKernel
 from kernels.dispatch_lists import count_parts, list_all, list_parts
 from kernels.dispatch_plan import (
-    RoutedRows,
     _choose,
     _Config,
     _config_for,
@@ -19,6 +19,7 @@ from kernels.dispatch_plan import (
     _launch,
     dispatch_plan,
 )
+from kernels.list_rows import ListConfig, RoutedRows, list_config, list_rows
 from tests.kernels.compiled import Compiled, compile_for_hopper
 from tests.kernels.fused import GPU
 
@@ -75,25 +76,25 @@ def check(
 def test_interpreted_equals_reference(
     num_tokens: int, held: range, ties: bool, generator: torch.Generator, interpreted: Callable[..., None]
 ) -> None:
-    interpreted(kernels.dispatch_plan, kernels.dispatch_lists)
+    interpreted(kernels.dispatch_plan, kernels.list_rows, kernels.dispatch_lists)
     check(*route(num_tokens, 32, generator, ties), DEMO, held)
 
 
 def test_interpreted_not_normalized(generator: torch.Generator, interpreted: Callable[..., None]) -> None:
-    interpreted(kernels.dispatch_plan, kernels.dispatch_lists)
+    interpreted(kernels.dispatch_plan, kernels.list_rows, kernels.dispatch_lists)
     check(*route(19, 32, generator, True), DEMO | {"normalize": False}, range(4, 28))
 
 
 def test_interpreted_configs_agree(generator: torch.Generator, interpreted: Callable[..., None]) -> None:
-    interpreted(kernels.dispatch_plan, kernels.dispatch_lists)
+    interpreted(kernels.dispatch_plan, kernels.list_rows, kernels.dispatch_lists)
     logits, bias = route(37, 64, generator, True)
     gate = _GateSettings(8, 4, 6, True, 2.5, 16, 24)
     expected = _launch(logits, bias, gate, _config_for(37))
     for config in (
         _config_for(4096),
-        _Config(2, 1, 0, 4),
-        _Config(4, 4, 16, 4),
-        _Config(1, 1, 4, 1),
+        _Config(2, 1, ListConfig(0, 4)),
+        _Config(4, 4, ListConfig(16, 4)),
+        _Config(1, 1, ListConfig(4, 1)),
     ):
         plan = _launch(logits, bias, gate, config)
         assert_consistent(plan, 16, 24, 8)
@@ -140,15 +141,17 @@ def test_compiled_choice_takes_one_warp(num_tokens: int, held: int) -> None:
     assert "redux.sync" in compiled.ptx, "the best of 256 in one instruction"
 
 
+@pytest.mark.parametrize("is_choice", [False, True])
 @pytest.mark.parametrize("num_tokens", [128, 256, 4096])
-def test_compiled_lists_spill_nothing(num_tokens: int) -> None:
-    config = _config_for(num_tokens)
+def test_compiled_lists_spill_nothing(num_tokens: int, is_choice: bool) -> None:
+    config = list_config(num_tokens)
     lists = ("offsets_ptr", "rows_ptr", "places_ptr", "node_counts_ptr", "node_tokens_ptr")
     counts = ("part_counts_ptr", "part_node_counts_ptr")
-    kinds = dict.fromkeys(lists, "*i32") | dict.fromkeys(("choices_ptr", *counts), "*u8")
+    kinds = dict.fromkeys(lists, "*i32") | dict.fromkeys(counts, "*u8")
+    kinds["choices_ptr"] = "*i32" if is_choice else "*u8"
     kinds |= dict.fromkeys(("num_tokens", "num_parts", "parts_stride", "first_expert"), "i32")
     constants = {"E": 256, "G": 8, "GROUP_SIZE": 32, "K": 8, "BLOCK_K": 8, "NUM_EXPERTS": 256}
-    constants["TOKENS"] = config.part_tokens or num_tokens
+    constants |= {"TOKENS": config.part_tokens or num_tokens, "IS_CHOICE": is_choice}
     for kernel in (count_parts, list_parts) if config.part_tokens else (list_all,):
         names = kernel.arg_names
         counts_or_lists = {"counts_ptr": "*u8", "node_counts_ptr": "*u8"} if kernel is count_parts else {}
@@ -156,10 +159,68 @@ def test_compiled_lists_spill_nothing(num_tokens: int) -> None:
             kernel,
             {name: kind for name, kind in (kinds | counts_or_lists).items() if name in names},
             {name: value for name, value in constants.items() if name in names},
-            num_warps=config.list_warps,
+            num_warps=config.num_warps,
             aligned=("parts_stride",) if "parts_stride" in names else (),
         )
         assert compiled.spilled == 0
+
+
+def check_choice(
+    num_tokens: int,
+    held: range,
+    backend: Backend,
+    generator: torch.Generator,
+    device: torch.device = CPU,
+) -> None:
+    """The lists of a choice that somebody else made."""
+    keys = torch.rand(num_tokens, 32, generator=generator)
+    experts = keys.topk(4).indices.sort(-1).values.int().to(device)
+    plan = list_rows(
+        experts,
+        torch.ones(num_tokens, 4, device=device),
+        all_experts=32,
+        num_groups=8,
+        first_expert=held.start,
+        num_experts=len(held),
+        backend=backend,
+    )
+    assert_consistent(plan, held.start, len(held), 4)
+
+
+@pytest.mark.parametrize("held", [range(32), range(8, 20)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 21])
+def test_interpreted_lists_of_a_choice(
+    num_tokens: int,
+    held: range,
+    generator: torch.Generator,
+    interpreted: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    interpreted(kernels.list_rows, kernels.dispatch_lists)
+    check_choice(num_tokens, held, "triton", generator)
+    check_choice(num_tokens, held, "reference", generator)
+    monkeypatch.setattr(kernels.list_rows, "list_config", lambda _: ListConfig(4, 1))
+    check_choice(num_tokens, held, "triton", generator)
+
+
+def test_refusals_of_a_choice() -> None:
+    options: dict[str, Any] = {"all_experts": 32, "num_groups": 8, "first_expert": 0, "num_experts": 32}
+    experts, weights = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, 4)
+    with pytest.raises(UnsupportedKernel, match="int32"):
+        list_rows(experts.long(), weights, **options, backend="triton")
+    with pytest.raises(UnsupportedKernel, match="differ"):
+        list_rows(experts, weights[:1], **options, backend="triton")
+    with pytest.raises(UnsupportedKernel, match="not among"):
+        list_rows(experts, weights, **(options | {"first_expert": 1}), backend="reference")
+    with pytest.raises(UnsupportedKernel, match="powers of two"):
+        list_rows(experts, weights, **(options | {"all_experts": 40}), backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("held", [range(32), range(8, 20)])
+@pytest.mark.parametrize("num_tokens", [128, 2049])
+def test_gpu_lists_of_a_choice(num_tokens: int, held: range, generator: torch.Generator) -> None:
+    check_choice(num_tokens, held, "triton", generator, GPU)
 
 
 @pytest.mark.gpu

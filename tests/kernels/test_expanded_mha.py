@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,99 +12,158 @@ from kernels.latent_tiles import TileConfig
 from tests.kernels.compiled import compile_for_hopper
 
 SCALE = 0.12
+PORTABLE = TileConfig(128, 64, 8, 3)
 
 
-def exactly(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, selected: Tensor | None) -> Tensor:
+class Heads(NamedTuple):
+    """q_nope [T, H, N], q_pe [T, H, R], k_nope [L, H, N], k_pe [L, R] and v [L, H, V] as projections leave
+    them: views of wider rows."""
+
+    q_nope: Tensor
+    q_pe: Tensor
+    k_nope: Tensor
+    k_pe: Tensor
+    v: Tensor
+
+    def to(self, *args: object) -> "Heads":
+        """What they are views of moves, so strides stay."""
+        return Heads(*(_moved(tensor, *args) for tensor in self))
+
+
+def _moved(view: Tensor, *args: object) -> Tensor:
+    assert view._base is not None
+    return view._base.to(*args).as_strided(view.shape, view.stride(), view.storage_offset())  # type: ignore[call-overload, no-any-return]
+
+
+def exactly(heads: Heads, visible: Tensor, selected: Tensor | None) -> Tensor:
     """Float64; a mask made row by row."""
-    seen = torch.zeros(len(q), len(k), dtype=torch.bool, device=q.device)
-    for t in range(len(q)):
+    q_nope, q_pe, k_nope, k_pe, v = (tensor.double() for tensor in heads)
+    seen = torch.zeros(len(q_nope), len(k_pe), dtype=torch.bool, device=v.device)
+    for t in range(len(q_nope)):
         chosen = slice(0, int(visible[t])) if selected is None else selected[t][selected[t] >= 0].long()
         seen[t, chosen] = True
-    scores = torch.einsum("thd,lhd->htl", q.double(), k.double()) * SCALE
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("htl,lhv->thv", weights, v.double())
+    scores = torch.einsum("thd,lhd->htl", q_nope, k_nope) + torch.einsum("thd,ld->htl", q_pe, k_pe)
+    weights = (scores * SCALE).masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("htl,lhv->thv", weights, v)
 
 
 def random_case(
-    num_rows: int, num_keys: int, heads: int, width: int, value_width: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q = torch.randn(num_rows, heads, width, generator=generator)
-    k = torch.randn(num_keys, heads, width, generator=generator)
-    v = torch.randn(num_keys, heads, value_width, generator=generator)
-    return q, k, v, torch.arange(num_keys - num_rows + 1, num_keys + 1)
+    num_rows: int, num_keys: int, heads: int, widths: tuple[int, int, int], generator: torch.Generator
+) -> tuple[Heads, Tensor]:
+    """Operands and how much each query sees; widths: N, R, V."""
+    nope, rope, value = widths
+    projected = torch.randn(num_rows, heads * (nope + rope) + 64, generator=generator)
+    absorbed = torch.randn(num_rows, heads, 2 * rope, generator=generator)
+    expanded = torch.randn(num_keys, heads, nope + value, generator=generator)
+    latents = torch.randn(num_keys, 32 + rope, generator=generator)
+    q = projected[:, : heads * (nope + rope)].unflatten(1, (heads, -1))
+    operands = Heads(
+        q[..., :nope], absorbed[..., rope:], expanded[..., :nope], latents[:, 32:], expanded[..., nope:]
+    )
+    return operands, torch.arange(num_keys - num_rows + 1, num_keys + 1)
 
 
 def choose(visible: Tensor, k: int, generator: torch.Generator) -> Tensor:
     selected = torch.full((len(visible), k), -1, dtype=torch.int32)
     for t, count in enumerate(visible.tolist()):
         chosen = torch.randperm(count, generator=generator)[:k].int()
-        selected[t, : len(chosen)] = chosen
+        selected[t, : len(chosen)] = chosen if t % 2 else chosen.sort().values
     return selected
 
 
-@pytest.mark.parametrize("width", [64, 48])
+@pytest.mark.parametrize("widths", [(32, 32, 32), (32, 16, 64)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("num_rows", "num_keys"), [(1, 1), (17, 33), (40, 40), (20, 100)])
 def test_kernel_interpreted(
     num_rows: int,
     num_keys: int,
     masked: bool,
-    width: int,
+    widths: tuple[int, int, int],
     interpreted: Callable[..., None],
     generator: torch.Generator,
 ) -> None:
     interpreted(module)
-    q, k, v, visible = random_case(num_rows, num_keys, 2, width, 32, generator)
+    heads, visible = random_case(num_rows, num_keys, 2, widths, generator)
     if num_rows > 10:
         visible[:2] = 0
     selected = choose(visible, 20, generator) if masked else None
-    out = module._launch(q, k, v, visible, selected, SCALE, TileConfig(16, 32, 4, 1))
-    expected = exactly(q, k, v, visible, selected)
+    out = torch.full((num_rows, 2, widths[2]), float("nan"))
+    free = int((visible <= 20).sum()) if masked else 0  # have no choice to make
+    choices = None if selected is None else selected[free:]
+    module._launch(*heads, visible, choices, out, SCALE, TileConfig(16, 32, 4, 1))
+    expected = exactly(heads, visible, selected)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=0)
     if num_rows > 10:
         assert (out[:2] == 0).all()
-    plain = expanded_mha(q, k, v, visible, selected, SCALE, backend="reference")
+    plain = torch.full_like(out, float("nan"))
+    assert expanded_mha(*heads, visible, choices, SCALE, out=plain, backend="reference") is plain
     torch.testing.assert_close(plain.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_refusals() -> None:
-    q, v = torch.zeros(2, 3, 64, dtype=torch.bfloat16), torch.zeros(2, 3, 32, dtype=torch.bfloat16)
-    visible = torch.ones(2, dtype=torch.int32)
-    with pytest.raises(UnsupportedKernel, match="query width 64, key width 32"):
-        expanded_mha(q, v, v, visible, None, 1.0, backend="triton")
-    with pytest.raises(UnsupportedKernel, match="needs bfloat16"):
-        expanded_mha(q.float(), q.float(), v.float(), visible, None, 1.0, backend="triton")
-    with pytest.raises(UnsupportedKernel, match="no heads of 64 and 24 channels"):
-        expanded_mha(q, q, v[..., :24].contiguous(), visible, None, 1.0, backend="triton")
+def test_marks_of_choices(interpreted: Callable[..., None], generator: torch.Generator) -> None:
+    interpreted(module)
+    visible = torch.tensor([3, 20, 21, 300, 700])
+    selected = choose(visible, 20, generator)
+    selected[3, 1:4] = selected[3, 0]  # again and again
+    selected[4, 5:] = -1
+    mask = module._mask_of(selected, visible, 700)
+    assert mask.shape == (5, 24)
+    for row, chosen in zip(mask, selected, strict=True):
+        marked = {
+            32 * word + bit for word, bits in enumerate(row.tolist()) for bit in range(32) if bits >> bit & 1
+        }
+        assert marked in (set(), set(chosen[chosen >= 0].tolist()))
+    assert (mask != 0).any(1).tolist() == [False, False, True, True, True]
+
+
+def test_refusals(generator: torch.Generator) -> None:
+    heads, visible = random_case(2, 2, 3, (64, 32, 32), generator)
+
+    def run(heads: Heads, visible: Tensor, selected: Tensor | None, out: Tensor | None = None) -> Tensor:
+        return expanded_mha(*heads, visible, selected, SCALE, out=out, backend="triton")
+
+    with pytest.raises(UnsupportedKernel, match=r"keys \(2, 3, 64\) and \(2, 16\)"):
+        run(heads._replace(k_pe=heads.k_pe[:, :16]), visible, None)
+    with pytest.raises(UnsupportedKernel, match="q_nope must be bfloat16"):
+        run(heads, visible, None)
+    half = heads.to(torch.bfloat16)
+    with pytest.raises(UnsupportedKernel, match="v: serves powers of two from 32 to 128 channels, not 24"):
+        run(half._replace(v=half.v[..., :24]), visible, None)
     with pytest.raises(UnsupportedKernel, match="2 queries, 1 lengths"):
-        expanded_mha(q, q, v, visible[:1], None, 1.0, backend="triton")
+        run(half, visible[:1], None)
     chosen = torch.zeros(2, 6, dtype=torch.int32)
-    with pytest.raises(UnsupportedKernel, match="choices of 1"):
-        expanded_mha(q, q, v, visible, chosen[:1], 1.0, backend="triton")
+    with pytest.raises(UnsupportedKernel, match="choices of 3"):
+        run(half, visible, torch.zeros(3, 6, dtype=torch.int32))
     with pytest.raises(UnsupportedKernel, match="rows of choices must be contiguous"):
-        expanded_mha(q, q, v, visible, chosen[:, ::2], 1.0, backend="triton")
-    shifted = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
-    with pytest.raises(UnsupportedKernel, match="keys must begin at a multiple of 16 bytes"):
-        expanded_mha(q, shifted, v, visible, None, 1.0, backend="triton")
+        run(half, visible, chosen[:, ::2])
+    with pytest.raises(UnsupportedKernel, match=r"out \(2, 3, 16\) of torch.bfloat16 does not fit"):
+        run(half, visible, None, out=torch.empty(2, 3, 16, dtype=torch.bfloat16))
+    shifted = torch.zeros(2, 40, dtype=torch.bfloat16)[:, 1:33]
+    with pytest.raises(UnsupportedKernel, match="k_pe must begin at a multiple of 16 bytes"):
+        run(half._replace(k_pe=shifted), visible, None)
+    odd = torch.zeros(2, 33, dtype=torch.bfloat16)[:, :32]
+    with pytest.raises(UnsupportedKernel, match=r"k_pe of strides \(33, 1\)"):
+        run(half._replace(k_pe=odd), visible, None)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_compiled_for_hopper(masked: bool) -> None:
-    config = module._config_for()
-    kinds = {"q": "*bf16", "visible": "*i32", "mask": "*i32", "out": "*bf16"}
-    n = config.block_keys
-    kinds |= {"k_low": f"tensordesc<bf16[{n}, 128]>", "k_high": f"tensordesc<bf16[{n}, 64]>"}
+    kinds = {"q_nope": "*bf16", "q_pe": "*bf16", "visible": "*i32", "mask": "*i32", "out": "*bf16"}
+    n = PORTABLE.block_keys
+    kinds |= {"k_nope": f"tensordesc<bf16[{n}, 128]>", "k_pe": f"tensordesc<bf16[{n}, 64]>"}
     kinds |= {"v": f"tensordesc<bf16[{n}, 128]>"}
+    strides = ("q_nope_stride", "q_nope_head", "q_pe_stride", "q_pe_head", "k_nope_head", "v_head")
+    integers = ("T", "H", "L", "K", "visible_stride", "W", *strides)
     made = compile_for_hopper(
         module._attend,
-        kinds | {"scale": "fp32"} | dict.fromkeys(("T", "H", "L", "W", "visible_stride"), "i32"),
+        kinds | {"scale": "fp32"} | dict.fromkeys(integers, "i32"),
         {
-            "LOW": 128, "HIGH": 64, "V": 128, "MASKED": masked,
-            "BLOCK_M": config.block_rows, "BLOCK_N": config.block_keys,
+            "N": 128, "R": 64, "V": 128, "MASKED": masked,
+            "BLOCK_M": PORTABLE.block_rows, "BLOCK_N": PORTABLE.block_keys,
         },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        aligned=("T", "H"),
+        num_warps=PORTABLE.num_warps,
+        num_stages=PORTABLE.num_stages,
+        aligned=("T", "H", *strides),
     )  # fmt: skip
     assert made.spilled == 0
     assert made.shared <= 227 * 1024
@@ -112,14 +172,22 @@ def test_compiled_for_hopper(masked: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, PORTABLE], ids=["hopper", "portable"])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("width", "value_width"), [(192, 128), (64, 32)])
-@pytest.mark.parametrize(("num_rows", "num_keys"), [(1, 1), (63, 64), (65, 65), (130, 513), (257, 2049)])
-def test_on_gpu(num_rows: int, num_keys: int, width: int, value_width: int, masked: bool) -> None:
+@pytest.mark.parametrize("widths", [(128, 64, 128), (32, 32, 32)])
+@pytest.mark.parametrize(
+    ("num_rows", "num_keys"), [(1, 1), (63, 64), (65, 65), (130, 513), (257, 2049), (1500, 1500)]
+)
+def test_on_gpu(
+    num_rows: int, num_keys: int, widths: tuple[int, int, int], masked: bool, config: TileConfig | None
+) -> None:
     generator = torch.Generator().manual_seed(num_rows)
-    q, k, v, visible = random_case(num_rows, num_keys, 3, width, value_width, generator)
-    q, k, v = (tensor.bfloat16().cuda() for tensor in (q, k, v))
+    heads, visible = random_case(num_rows, num_keys, 5, widths, generator)
+    heads = heads.to("cuda", torch.bfloat16)
     selected = choose(visible, 256, generator).cuda() if masked else None
-    out = expanded_mha(q, k, v, visible.cuda(), selected, SCALE, backend="triton")
-    expected = exactly(q, k, v, visible, selected)
-    assert (out.double() - expected).norm() / expected.norm() < 6e-3
+    choices = None if selected is None else selected[int((visible <= 256).sum()) // 2 :]
+    out = torch.full((num_rows, 5, widths[2]), float("nan"), dtype=torch.bfloat16, device="cuda")
+    for _ in range(2):
+        module._launch(*heads, visible.cuda(), choices, out, SCALE, config)
+        expected = exactly(heads, visible, selected)
+        assert (out.double() - expected).norm() / expected.norm() < 6e-3

@@ -22,12 +22,13 @@ FULL_SIZE = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 20
 DEMO = [(320, 256), (256, 128), (1536, 256), (64, 128), (130, 384)]
 ROWS = [33, 64, 65, 128, 129, 256]
 DENSE = sorted({decode_config(rows, *shape, 132) for rows in ROWS for shape in [*FULL_SIZE, *DEMO]})
-GROUPED = sorted({grouped_decode_config(rows, k) for rows in (17, 64, 65, 128) for k in (128, 7168)})
+GROUPED = sorted({grouped_decode_config(rows) for rows in (17, 64, 65, 128)})
 
 
 def test_configurations() -> None:
     assert decode_config(64, 2112, 7168, 132)[:4] == (64, 32, 1, 2)
-    assert decode_config(128, 4096, 7168, 132)[:4] == (64, 64, 1, 1)
+    assert decode_config(128, 4096, 7168, 132) == (64, 64, 1, 1, 6, 1)
+    assert decode_config(128, 24576, 1536, 132) == (64, 64, 1, 1, 3, 2)
     for config in (*DENSE, *GROUPED):
         assert config.stages >= 2
         assert config.residents == 1 or config.groups == 1
@@ -64,7 +65,7 @@ def test_compiled_for_hopper(config: GluonDecode, grouped: bool, gather: bool) -
         "GROUPS": config.groups,
         "SPLITS": config.splits,
         "STAGES": config.stages,
-        "KB": config.blocks,
+        "KB": module._BLOCKS,
         "GROUPED": grouped,
         "GATHER": gather,
         "PRODUCERS": 4 if gather else 1,
@@ -84,7 +85,7 @@ def test_compiled_for_hopper(config: GluonDecode, grouped: bool, gather: bool) -
     binary = triton.compile(source, target=HOPPER, options=options)
     assert binary.metadata.shared <= 227 * 1024 // config.residents - 1024
     assert _resources(binary.asm["cubin"])[1] == 0
-    products = 4 * config.blocks * config.groups * config.tokens // 64
+    products = 4 * module._BLOCKS * config.groups * config.tokens // 64
     assert len(re.findall(r"wgmma\.mma_async", binary.asm["ptx"])) == products
     assert "cp.async.bulk.tensor" in binary.asm["ptx"]
 
@@ -110,7 +111,7 @@ def product(x: torch.Tensor, xs: torch.Tensor, w: torch.Tensor, ws: torch.Tensor
 @pytest.mark.parametrize("num_rows", [1, 33, 64, 65, 128, 200])
 def test_dense(num_rows: int, splits: int, shape: tuple[int, int], generator: torch.Generator) -> None:
     x, xs, w, ws = operands(num_rows, *shape, 1, generator)
-    config = GluonDecode(64, 64, 1, splits, 3, blocks=2, residents=2)  # more splits than blocks, too
+    config = GluonDecode(64, 64, 1, splits, 3, residents=2)  # more splits than blocks, too
     out = x.new_empty(num_rows, shape[0], dtype=torch.bfloat16)
     expected = product(x, xs, w[0], ws[0])
     for scales in (xs, xs.contiguous()):

@@ -62,19 +62,17 @@ def test_reference(rows_per_sequence: int, visible: list[int]) -> None:
     assert_close_where_visible(scores, arguments, rows_per_sequence)
 
 
-@pytest.mark.parametrize("descriptors", [True, False])
 @pytest.mark.parametrize("pages", [1, 2])
 @pytest.mark.parametrize(("rows_per_sequence", "visible"), LENGTHS)
 def test_kernel(
     rows_per_sequence: int,
     visible: list[int],
     pages: int,
-    descriptors: bool,
     interpreted: Callable[..., None],
 ) -> None:
     interpreted(module)
     arguments = inputs(visible, rows_per_sequence, 8, 32)
-    config = Config(pages, 4, 2, descriptors)
+    config = Config(pages, 4, 2)
     scores = launch(*arguments, rows_per_sequence=rows_per_sequence, max_visible=max(visible), config=config)
     assert scores.shape == (len(visible), max(visible))
     assert_close_where_visible(scores, arguments, rows_per_sequence)
@@ -128,13 +126,10 @@ def test_refusals() -> None:
 
 def compiled(num_heads: int, dim: int, rows_per_sequence: int, config: Config) -> Compiled:
     arguments: dict[str, Any] = {"out": "*fp32", "q": "*fp8e4nv", "pages": "*fp8e4nv", "page_scales": "*fp32"}
-    if config.descriptors:
-        arguments["pages"] = f"tensordesc<fp8e4nv[1, {PAGE_SIZE}, {dim}]>"
     arguments |= {"weights": "*fp32", "page_table": "*i32", "visible": "*i64"}
     arguments |= dict.fromkeys(("table_stride", "stride", "pages_per_program"), "i32")
     constants = {"N": rows_per_sequence, "H": num_heads, "D": dim, "PAGE": PAGE_SIZE}
-    constants |= {"COLUMNS": rows_per_sequence * num_heads}
-    constants |= {"DESCRIPTORS": config.descriptors, "STAGES": config.num_stages}
+    constants |= {"COLUMNS": rows_per_sequence * num_heads, "STAGES": config.num_stages}
     return compile_for_hopper(
         module._score_pages,
         arguments,
@@ -145,15 +140,15 @@ def compiled(num_heads: int, dim: int, rows_per_sequence: int, config: Config) -
 
 
 @pytest.mark.parametrize("rows_per_sequence", [1, 2, 4])
-@pytest.mark.parametrize(("num_sequences", "length"), [(1, 4096), (128, 131072)])
+@pytest.mark.parametrize(("num_sequences", "length"), [(1, 4096), (32, 4096), (128, 131072)])
 def test_compiles_for_hopper(rows_per_sequence: int, num_sequences: int, length: int) -> None:
     config = config_for(num_sequences, length, rows_per_sequence)
     kernel = compiled(64, 128, rows_per_sequence, config)
     assert kernel.spilled == 0
     assert kernel.wgmma > 0
     assert kernel.mma_sync == 0
-    # Pages come ahead of their products: a page is four loads of 16 bytes a thread, or one by descriptor.
-    assert kernel.tma > 0 if config.descriptors else kernel.cp_async >= 4
+    # Pages come ahead of their products: a page is four loads of 16 bytes a thread.
+    assert kernel.cp_async >= 4
 
 
 @pytest.mark.gpu

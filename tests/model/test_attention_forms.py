@@ -16,7 +16,7 @@ from torch import Tensor
 
 import model.attention
 from kernels.sparse_mla import sparse_mla
-from model.attention import slots_of_positions
+from model.attention import expanded_pays, slots_of_positions
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -81,8 +81,7 @@ def forms_used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def force(monkeypatch: pytest.MonkeyPatch, decoder: Decoder, form: str) -> None:
     """Make every sequence run expanded, or every one absorbed, whatever its length."""
     monkeypatch.setattr(model.attention, "MIN_EXPANDED_ROWS", 1 if form == "expanded" else LENGTH + 1)
-    for layer in decoder.layers:
-        monkeypatch.setattr(layer.attention, "_expanded_limit", LENGTH)
+    monkeypatch.setattr(model.attention, "expanded_pays", lambda *_: True)
 
 
 def attend(decoder: Decoder, num_context: int, num_rows: int, page_format: PageFormat) -> Tensor:
@@ -157,8 +156,10 @@ def test_each_length_runs_in_its_form(sparse: Decoder, forms_used: set[str], tok
 
     assert forms_of(10) == {"dense_mla"}
     assert forms_of(30) == {"masked_mha"}
-    assert forms_of(model.attention.expanded_limit(sparse.config)) == {"masked_mha"}
-    assert forms_of(model.attention.expanded_limit(sparse.config) + 1) == {"sparse_mla"}
+    limit = max(n for n in range(1, LENGTH) if expanded_pays(sparse.config, n, n))
+    assert sparse.config.index_topk < limit < LENGTH - 1
+    assert forms_of(limit) == {"masked_mha"}
+    assert forms_of(limit + 1) == {"sparse_mla"}
     assert forms_of(33, chunk=1) == {"dense_mla", "sparse_mla"}
 
 

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from model.config import ModelConfig, Yarn
 from model.errors import CheckpointError
 from model.rope import rope_angles, rope_frequencies
-from tests.checkpoints import DEMO, YARN, facts, fp8_facts
+from tests.checkpoints import DEMO, OFFICIAL_671B, YARN, facts, fp8_facts
 
-OFFICIAL = json.loads((Path(__file__).parent / "config_671b.json").read_text())  # DeepSeek-V3.2-Exp
+OFFICIAL = json.loads((OFFICIAL_671B / "config.json").read_text())
 ROPE = {
     "rope_type": "yarn",
     "rope_theta": 10000,

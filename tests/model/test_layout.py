@@ -1,6 +1,5 @@
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +7,9 @@ import torch
 from model.config import ModelConfig
 from model.layout import Part, TensorSpec, layout
 from model.pages import cache_bytes_per_token
-from tests.checkpoints import facts, fp8_facts
+from tests.checkpoints import OFFICIAL_671B, facts, fp8_facts
 
-OFFICIAL = json.loads((Path(__file__).parent / "config_671b.json").read_text())  # DeepSeek-V3.2-Exp
+OFFICIAL = json.loads((OFFICIAL_671B / "config.json").read_text())
 CONFIG = ModelConfig.model_validate(OFFICIAL)
 MTP_LAYER = 61
 

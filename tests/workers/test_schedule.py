@@ -1,7 +1,7 @@
 """Scheduling is a function of host values: no model, no torch."""
 
 from model.sampling_params import SamplingParams
-from workers.schedule import schedule
+from workers.schedule import schedule, schedule_ahead
 from workers.sequence import Request, Sequence
 
 
@@ -55,3 +55,32 @@ def test_halves_are_as_equal_as_whole_sequences_allow() -> None:
     assert halves(*(decoding(1) for _ in range(5))) == [[2, 2], [2, 2, 2]]
     assert halves(prefilling(100), *(decoding(0) for _ in range(8))) == [[1] * 8, [100]]
     assert halves(prefilling(10), prefilling(100), prefilling(60), prefilling(30)) == [[10, 100], [60, 30]]
+
+
+def asking(**params: object) -> Sequence:
+    """It decodes, and has one token of its answer."""
+    request = Request("a", tuple(range(10)), SamplingParams(**{"max_tokens": 8, **params}))  # type: ignore[arg-type]
+    sequence = Sequence(request, pages=[])
+    sequence.num_cached = 10
+    sequence.tokens.append(99)
+    return sequence
+
+
+def test_the_step_after_one_that_runs_is_a_row_of_each_that_goes_on() -> None:
+    going, ending, leaving = asking(), asking(max_tokens=2), asking()
+    batch = schedule([going, ending, leaving], max_rows=100)
+    ahead = schedule_ahead(batch, [going, ending])
+    assert ahead is not None
+    assert [(share.sequence, share.num_rows) for share in ahead.shares] == [(going, 1)]
+    assert ahead.shares[0].sequence is going
+    assert schedule_ahead(batch, []) is None
+    assert schedule_ahead(schedule([ending], max_rows=100), [ending]) is None
+
+
+def test_what_the_next_step_cannot_know_is_waited_for() -> None:
+    going = asking()
+    for other in (decoding(1), prefilling(5), asking(logprobs=0), asking(presence_penalty=1.0)):
+        assert schedule_ahead(schedule([going, other], max_rows=100), [going, other]) is None
+    batch = schedule([going], max_rows=100)
+    assert schedule_ahead(batch, [going, prefilling(5)]) is None, "it has come meanwhile"
+    assert schedule_ahead(batch, [going]) is not None

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from model.pages import PageCache
 from workers.attention import AttentionWorker, WorkerConfig
 from workers.engine import Engine, EngineConfig
 from workers.local import LocalModel
+from workers.page_ways import Ways
 from workers.sequence import Request, Token
 from workers.transport.config import EndpointConfig
 from workers.transport.endpoint import PeerEndpoint
@@ -52,7 +54,8 @@ class Worker:
         """Whether all its pages are free, and nobody waits for some or moves."""
         pool, worker = self.engine.pool, self.worker
         is_free = pool.num_free == pool.num_pages and self.engine.is_idle
-        return is_free and not worker._receiver._arrivals and not worker._sender._handoffs
+        moves = worker._receiver._arrivals or worker._receiver._limbo or worker._sender._handoffs
+        return is_free and not moves
 
     @property
     def num_parked(self) -> int:
@@ -77,6 +80,7 @@ def running(
     digest: str = "",
     ring_bytes: int = 2**21,
     is_idle_at_end: bool = True,
+    make_ways: Callable[[PageCache], Ways] | None = None,
 ) -> Iterator[Worker]:
     """A worker at work; at the end it must hold nothing, unless it was ended in the middle of something."""
     config = config or EngineConfig()
@@ -89,6 +93,7 @@ def running(
         engine,
         cache,
         endpoint,
+        ways=make_ways(cache) if make_ways else None,
     )
     stop = threading.Event()
     thread = threading.Thread(target=worker.serve, args=(stop,), daemon=True)
