@@ -112,8 +112,7 @@ def start_supervisor(config: ClusterConfig, secrets: Secrets, *, is_detached: bo
     """The actor's handle; it comes back by itself as long as the process that started it lives.
 
     Args:
-        is_detached: it lives as long as the Ray it is in, on its head; where there is one already, that is
-            taken.
+        is_detached: it lives as long as the Ray it is in, and where there is one already, that is taken.
     """
     options: dict[str, Any] = {
         "name": NAME,
@@ -123,9 +122,10 @@ def start_supervisor(config: ClusterConfig, secrets: Secrets, *, is_detached: bo
         "max_restarts": -1,
     }
     if is_detached:
-        # On the head: other nodes come and go with what they are for, and with it all experts would.
-        head = {"node:__internal_head__": 0.001}
-        options |= {"lifetime": "detached", "get_if_exists": True, "resources": head}
+        options |= {"lifetime": "detached", "get_if_exists": True}
+        if config.experts.node_labels:
+            # All experts end with it: it belongs where the loss of a node is a loss of experts anyhow.
+            options["label_selector"] = config.experts.node_labels
     return ray.remote(Supervisor).options(**options).remote(config, secrets)
 
 

@@ -44,6 +44,7 @@ class Deployed:
         gateway: the process that Kubernetes would signal.
         description: what it reads.
         grpc_probe: how the kubelet asks it.
+        pods: all that was started.
     """
 
     http: str
