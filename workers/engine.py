@@ -118,6 +118,33 @@ class Engine:
         self.num_steps = self.num_tokens = 0  # run; drawn
         self._eos_ids = frozenset({model.config.eos_token_id})
 
+    @torch.inference_mode()
+    def step(self, on_layer: OnLayer | None = None) -> list[Token]:
+        """Run every open request one step further.
+
+        Where it can, it launches the step after that too, so that the device goes on while the host hands out
+        these tokens.
+
+        Raises:
+            NumericalFailure: some requests are dropped, nothing else has happened.
+        """
+        if self._flight and not self._of_use(self._flight):
+            self._drop(self._flight)
+        self._admit()
+        if self._flight is None:
+            self._flight = self._launch(on_layer)
+        if self._flight is None:
+            return []
+        flight, ahead = self._flight, self._launch_ahead(self._flight)
+        verified, self.num_drafts = self.num_drafts, self._choose_drafts(flight.batch)
+        drawn = self._land(flight, ahead)
+        tokens = self._commit(flight, drawn)
+        self.num_steps += 1
+        self.num_tokens += len(tokens)
+        if self._policy and verified == self.num_drafts and flight.is_decode:
+            self._policy.pay(len(flight.batch.shares), verified, time.perf_counter() - flight.started)
+        return tokens
+
     @property
     def running_uids(self) -> list[str]:
         """Requests that have started and are not parked."""
@@ -220,33 +247,6 @@ class Engine:
     def release(self, sequence: Sequence) -> None:
         """Free the pages of a detached sequence."""
         self._allocator.end(sequence)
-
-    @torch.inference_mode()
-    def step(self, on_layer: OnLayer | None = None) -> list[Token]:
-        """Run every open request one step further.
-
-        Where it can, it launches the step after that too, so that the device goes on while the host hands out
-        these tokens.
-
-        Raises:
-            NumericalFailure: some requests are dropped, nothing else has happened.
-        """
-        if self._flight and not self._of_use(self._flight):
-            self._drop(self._flight)
-        self._admit()
-        if self._flight is None:
-            self._flight = self._launch(on_layer)
-        if self._flight is None:
-            return []
-        flight, ahead = self._flight, self._launch_ahead(self._flight)
-        verified, self.num_drafts = self.num_drafts, self._choose_drafts(flight.batch)
-        drawn = self._land(flight, ahead)
-        tokens = self._commit(flight, drawn)
-        self.num_steps += 1
-        self.num_tokens += len(tokens)
-        if self._policy and verified == self.num_drafts and flight.is_decode:
-            self._policy.pay(len(flight.batch.shares), verified, time.perf_counter() - flight.started)
-        return tokens
 
     def _choose_drafts(self, batch: Batch) -> int:
         """Drafts that each sequence makes at the end of this step."""
@@ -354,26 +354,25 @@ class Engine:
             if i in flight.void:
                 continue
             share = flight.batch.shares[i]
-            sequence, start = share.sequence, share.sequence.num_cached
-            valid, is_last_chunk = share.num_known, bool(flight.places[i])
-            if is_last_chunk:
-                tokens, accepted = self._take_over(share, drawn, flight.places[i])
-                out.extend(tokens)
-                valid += accepted
+            sequence, start, valid = share.sequence, share.sequence.num_cached, share.num_known
+            tokens = self._take_over(share, drawn, flight.places[i]) if flight.places[i] else []
+            valid += max(0, len(tokens) - 1)
             sequence.num_cached += valid
             self._allocator.publish(sequence)
-            if out and out[-1].uid == sequence.request.uid and out[-1].finish_reason:
-                self.cancel(sequence.request.uid)
-            elif self._config.num_drafts:
-                is_drafted = is_last_chunk and not sequence.hands_over
+            if self._config.num_drafts and not (tokens and tokens[-1].finish_reason):
+                is_drafted = bool(tokens) and not sequence.hands_over
                 num_drafts = min(self.num_drafts, sequence.room - 1) if is_drafted else 0
                 to_draft.append(DraftShare(sequence, start, valid, flight.rows.firsts[i], num_drafts))
-            if is_last_chunk and sequence.hands_over and sequence.request.uid in self._running:
-                self._parked[sequence.request.uid] = self._running.pop(sequence.request.uid)
+            out.extend(tokens)
         self._drafts = draft(self._runner, flight.rows.hidden, to_draft)
+        for token in out:  # not before: if drafting fails, nobody is told of them, and they still run
+            if token.finish_reason:
+                self.cancel(token.uid)
+            elif self._running[token.uid].hands_over:
+                self._parked[token.uid] = self._running.pop(token.uid)
         return out
 
-    def _take_over(self, share: Share, drawn: SampleResult, own: range) -> tuple[list[Token], int]:
+    def _take_over(self, share: Share, drawn: SampleResult, own: range) -> list[Token]:
         """Append what the model drew, up to the first draft it disagrees with or the end of the answer."""
         sequence, params = share.sequence, share.sequence.request.params
         drafts = sequence.drafts
@@ -391,4 +390,4 @@ class Engine:
             out.append(Token(sequence.request.uid, token_id, position, reason, logprob, cached))
             if reason:
                 break
-        return out, accepted
+        return out
