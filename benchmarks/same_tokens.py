@@ -6,8 +6,8 @@
 Requests of mixed lengths, greedy and sampled with seeds, all at once, through clusters that differ in chunk,
 drafts, attention actors, pages and in where the experts are. The reference runs them one after another in one
 engine on the CPU; `--expected` keeps its answers in a file, for a machine whose time is dear. Exits with 1 if
-anything differs. With `--device cuda` the cluster's actors share two GPUs and compute in float32, whose rounding
-may differ: a difference is where two tokens are all but equally likely, or an error.
+anything differs. With `--device cuda` the cluster's actors share two GPUs and compute in float32, whose
+rounding may differ: a difference is where two tokens are all but equally likely, or an error.
 """
 
 import argparse
