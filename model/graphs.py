@@ -22,6 +22,8 @@ from model.inputs import MAX_DECODE_ROWS, PAGE_SIZE, ForwardInputs, PackedRows, 
 from model.pages import PageCache
 from model.transfer import put, to_device
 
+_MOST_RECORDED = 64  # of each kind; one of 256 sequences of 4 rows over 160K tokens holds 33 MiB of buffers
+
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """Records what a function does; gives what does it again, and the tensor that then holds its result."""
 
@@ -79,6 +81,7 @@ class StepRows:
         return [len(tokens) for tokens in self.token_ids]
 
     def bucket(self, config: ModelConfig) -> Bucket:
+        """The smallest that holds them."""
         counts = self.counts
         longest = max(start + count for start, count in zip(self.starts, counts, strict=True))
         return Bucket.of(len(counts), max(counts), longest, config)
@@ -98,7 +101,7 @@ class HiddenRows:
 class DecodeGraphs:
     """The decode steps of a model over a cache, each bucket recorded when it first comes.
 
-    All graphs share one pool of memory and must follow one another on one stream.
+    Those used last are kept. All share one pool of memory and must follow one another on one stream.
 
     Args:
         capture: how a function is recorded; None for CUDA graphs.
@@ -140,20 +143,35 @@ class DecodeGraphs:
         return recorded.run(step)
 
     def _forward_of(self, bucket: Bucket) -> "_Recorded":
-        if bucket not in self._steps:
-            rows = _StaticRows(bucket, self._model.device)
-            run = partial(_forward, self._model, rows, self._cache)
-            self._steps[bucket] = _Recorded(rows, None, *self._capture(run))
-        return self._steps[bucket]
+        return _recorded(self._steps, bucket, self._record_forward)
 
     def _draft_of(self, bucket: Bucket) -> "_Recorded":
-        if bucket not in self._drafts:
-            model, rows = self._model, _StaticRows(bucket, self._model.device)
-            width = model.config.hidden_size
-            hidden = torch.zeros(bucket.num_rows, width, dtype=model.dtype, device=model.device)
-            run = partial(_draft, model, rows, hidden, self._cache)
-            self._drafts[bucket] = _Recorded(rows, hidden, *self._capture(run))
-        return self._drafts[bucket]
+        return _recorded(self._drafts, bucket, self._record_draft)
+
+    def _record_forward(self, bucket: Bucket) -> "_Recorded":
+        rows = _StaticRows(bucket, self._model.device)
+        run = partial(_forward, self._model, rows, self._cache)
+        return _Recorded(rows, None, *self._capture(run))
+
+    def _record_draft(self, bucket: Bucket) -> "_Recorded":
+        model, rows = self._model, _StaticRows(bucket, self._model.device)
+        width = model.config.hidden_size
+        hidden = torch.zeros(bucket.num_rows, width, dtype=model.dtype, device=model.device)
+        run = partial(_draft, model, rows, hidden, self._cache)
+        return _Recorded(rows, hidden, *self._capture(run))
+
+
+def _recorded(
+    kept: dict[Bucket, "_Recorded"], bucket: Bucket, record: Callable[[Bucket], "_Recorded"]
+) -> "_Recorded":
+    """One of those kept, in order of last use, or a new one for which the first of them gives way."""
+    found = kept.pop(bucket, None)
+    if found is None:
+        if len(kept) == _MOST_RECORDED:
+            del kept[next(iter(kept))]  # its memory serves those that run after it on the stream
+        found = record(bucket)
+    kept[bucket] = found
+    return found
 
 
 def _forward(model: Decoder, rows: "_StaticRows", cache: PageCache) -> Tensor:

@@ -12,8 +12,8 @@ exactly as p. The noise belongs to (seed, choice, position, v) and not to the or
   batch. To keep that true nothing here sums floating-point numbers, because the order of such a sum may
   change with the batch: masses are sums of integers.
 
-A draft is drawn by the same `draw` from the draft module's logits, with the row of the position where the
-draft will stand. It then shares the model's noise, and draft q and model p agree with probability
+A draft is drawn in the same way from the draft module's logits, with the row of the position where the draft
+will stand. It then shares the model's noise, and draft q and model p agree with probability
 sum_j 1 / sum_i max(p_i / p_j, q_i / q_j) >= (1 - TV) / (1 + TV), TV being their total variation distance
 (Daliri, Musco and Suresh, "Coupling without Communication and Drafter-Invariant Speculative Decoding").
 Rejection sampling accepts 1 - TV, more by at most a factor of 1 + TV, but its tokens change with the drafts.
@@ -125,11 +125,6 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> SampleResult:
     return Drawing(logits, rows).read()
 
 
-def draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """The tokens of `sample` alone: what a draft needs."""
-    return Drawing(logits, rows).read_tokens()
-
-
 class Drawing:
     """Tokens that a device draws while the host does something else, until it reads them.
 
@@ -178,7 +173,7 @@ class Drawing:
         return SampleResult(tokens, _logprobs(self._logits, tokens, self._rows))
 
     def read_tokens(self, wanted: Collection[int] | None = None) -> list[int]:
-        """As `read`, the tokens alone."""
+        """As `read`, the tokens alone: what a draft needs."""
         tokens: list[int]
         tokens, unsettled = self._copy.wait().tolist()
         used = [i for i in range(len(tokens)) if wanted is None or i in wanted]

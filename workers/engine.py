@@ -322,6 +322,7 @@ class Engine:
             shares = [flight.batch.shares[i] for i in flight.owners(error.rows)]
             uids = frozenset(share.sequence.request.uid for share in shares)
             for uid in uids:
+                self.pool.forget(self._running[uid].pages)  # or whoever begins alike fails too, for ever
                 self.cancel(uid)
             raise NumericalFailure(uids) from error
         if ahead:

@@ -102,6 +102,13 @@ class PagePool:
             else:
                 self._free.append(page)
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """What these hold is worth nothing: nobody finds it from now on."""
+        for page in pages:
+            if key := self._key_of.pop(page, None):
+                del self._page_of[key]
+                self._note(key, False)
+
     def check_idle(self) -> None:
         """Assert that nothing is held and every page is there once: true whenever nothing runs."""
         assert not self._holders, f"{len(self._holders)} pages are still held"
@@ -113,9 +120,7 @@ class PagePool:
 
     def _forget_one(self) -> None:
         page, _ = self._cached.popitem(last=False)
-        key = self._key_of.pop(page)
-        del self._page_of[key]
-        self._note(key, False)
+        self.forget([page])
         self._free.append(page)
 
     def _note(self, key: bytes, is_known: bool) -> None:

@@ -169,7 +169,7 @@ class Runner:
     def _forward(self, batch: Batch, on_layer: OnLayer | None, drafts: Tensor | None) -> HiddenRows:
         if self._graphs and batch.is_decode:
             return self._graphs.forward(replace(_rows_of(batch), drawn=drafts))
-        assert drafts is None, "what runs eagerly knows its tokens"
+        assert drafts is None, "they are read before a prompt runs beside them"
         parts = [
             MicroBatch(self._inputs(_rows_of(part)), on_layer=partial(on_layer, part) if on_layer else None)
             for part in (batch.halves() if self._micro_batches == 2 else (batch,))
@@ -183,6 +183,7 @@ class Runner:
         )
 
     def _inputs(self, rows: StepRows) -> ForwardInputs:
+        assert rows.drawn is None, "what runs eagerly knows its tokens"
         return ForwardInputs.build(rows.token_ids, rows.starts, rows.pages, self._model.device)
 
 

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model import noise
-from model.sampling import SampleRow
+from model.sampling import SampleRow, sample
 from model.sampling_params import SamplingParams
 
 
 def make_row(position: int = 0, *, choice: int = 0, **params: Any) -> SampleRow:
     return SampleRow(SamplingParams(max_tokens=100, **params), position, choice)
+
+
+def draw(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """The tokens of `sample` alone."""
+    return sample(logits, rows).tokens
 
 
 def gumbel(seed: int, choice: int, position: int, token_id: int) -> float:

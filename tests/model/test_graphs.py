@@ -185,6 +185,25 @@ def test_what_is_warm_is_not_recorded_again(steps: Steps) -> None:
     assert len(recorded) == 6
 
 
+def test_what_was_not_used_for_longest_is_recorded_again(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[int] = []
+
+    def counted(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        replay, result = again(run)
+        recorded.append(len(result))
+        return replay, result
+
+    monkeypatch.setattr("model.graphs._MOST_RECORDED", 2)
+    graphs, rows = DecodeGraphs(steps.decoder, steps.copy(), counted), steps.rows(0, 1, 1, 1)
+    runs = {n: StepRows(rows.token_ids[:n], rows.starts[:n], rows.pages[:n]) for n in (1, 2, 3)}
+    with torch.inference_mode():
+        for num_sequences in (1, 2, 1, 3, 1, 3, 2):
+            graphs.forward(runs[num_sequences])
+    assert recorded == [1, 2, 3, 2]
+
+
 def test_tokens_may_come_from_the_device(steps: Steps) -> None:
     """What is no token is one row's business."""
     cache, other = steps.copy(), steps.copy()

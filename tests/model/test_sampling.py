@@ -12,9 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import noise, sampling
-from model.sampling import NonFiniteLogits, SampleRow, draw, sample
+from model.sampling import Drawing, NonFiniteLogits, SampleRow, sample
 from model.sampling_params import SamplingParams, logit_bias_pairs
-from tests.model.sampling_reference import adjusted_reference, draw_reference, exact_distribution, make_row
+from tests.model.sampling_reference import (
+    adjusted_reference,
+    draw,
+    draw_reference,
+    exact_distribution,
+    make_row,
+)
 
 FULL_VOCAB = 129_280
 # Of every statistical test here, over all seeds one could have fixed. With the seeds that are fixed the tests
@@ -285,6 +291,23 @@ def test_signed_and_unsigned_seeds_are_the_same_64_bits() -> None:
     )
     assert signed == unsigned
     assert signed != other
+
+
+def test_who_reads_settles_the_rows_that_he_wants() -> None:
+    """Nuclei beyond the first look, and a row without a token."""
+    logits, rows = torch.zeros(8, 2000), [make_row(i, top_p=0.99) for i in range(8)]
+    logits[7] = torch.nan
+    expected, drawing = draw(logits[:7], rows[:7]), Drawing(logits, rows)
+    guesses = drawing.tokens.tolist()
+    assert guesses[7] == -1
+    assert drawing.read_tokens(wanted=()) == guesses
+    assert not drawing.late
+    assert drawing.read_tokens(wanted=(0, 1, 2))[:3] == expected[:3]
+    assert drawing.read_tokens(wanted=range(7))[:7] == expected
+    assert drawing.late == {i for i in range(7) if guesses[i] != expected[i]} != set()
+    with pytest.raises(NonFiniteLogits) as failure:
+        drawing.read()
+    assert failure.value.rows == (7,)
 
 
 def test_full_vocabulary() -> None:

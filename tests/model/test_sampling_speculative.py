@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.sampling import SampleRow, draw, num_accepted
+from model.sampling import SampleRow, num_accepted
 from model.sampling_params import SamplingParams
-from tests.model.sampling_reference import exact_distribution, make_row
+from tests.model.sampling_reference import draw, exact_distribution, make_row
 
 
 def target_logits(prefix: Sequence[int], vocab_size: int = 16) -> Tensor:

@@ -1,11 +1,14 @@
 """The single-process engine on the demo: the oracle's tokens, whatever else runs and however it is cut."""
 
+from unittest.mock import Mock
+
 import pytest
+import torch
 
 from model.errors import PromptTooLong, RequestError
 from model.sampling_params import SamplingParams
 from tests.checkpoints import DEMO
-from workers.engine import Engine, EngineConfig
+from workers.engine import Engine, EngineConfig, NumericalFailure
 from workers.local import LocalModel, ModelOptions
 from workers.sequence import Request, Token
 
@@ -139,6 +142,37 @@ def test_cancelling_frees_the_pages_at_once(demo: LocalModel, oracle) -> None:
     engine.cancel("never heard of")
     assert engine.is_idle
     engine.pool.check_idle()
+
+
+def test_who_ends_in_a_step_that_fails_still_runs(
+    demo: LocalModel, oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has seen the last token, so whoever fails the running requests must find this one too."""
+    engine = demo.engine(EngineConfig(num_drafts=1), 1024)
+    engine.add(Request("ends", oracle["code"].prompt_ids, greedy(1)))
+    engine.add(Request("is handed over", oracle["chat"].prompt_ids, greedy()), hand_over=True)
+    engine.add(Request("goes on", oracle["lookup_300"].prompt_ids, greedy()))
+    monkeypatch.setattr(engine._runner, "draft", Mock(side_effect=ConnectionError))
+    with pytest.raises(ConnectionError):
+        engine.step()
+    assert engine.running_uids == ["ends", "is handed over", "goes on"]
+    for uid in engine.running_uids:
+        engine.cancel(uid)
+    engine.pool.check_idle()
+
+
+def test_pages_of_a_request_that_failed_are_not_found_again(demo: LocalModel, oracle) -> None:
+    cache = demo.cache(1024)
+    engine = Engine(demo.decoder, cache, EngineConfig())
+    prompt = oracle["lookup_300"]
+    engine.add(Request("r", prompt.prompt_ids, greedy(4)))
+    engine.step()
+    cache.layers[0].latents[engine._running["r"].pages[0]] = torch.nan
+    with pytest.raises(NumericalFailure):
+        engine.step()
+    engine.add(Request("r", prompt.prompt_ids, greedy(4)))
+    assert ids(drain(engine)["r"]) == prompt.output_ids[:4]
+    assert not engine.num_hit_tokens
 
 
 def test_logprobs_come_with_the_tokens(demo: LocalModel, oracle) -> None:

@@ -5,10 +5,12 @@ from collections import Counter
 
 import pytest
 
+from model.inputs import PAGE_SIZE
 from model.sampling_params import SamplingParams
+from tests.running import lookup_documents
 from workers.engine import EngineConfig
 from workers.local import LocalModel
-from workers.sequence import Request
+from workers.sequence import Request, Token
 from workers.speculate import Acceptance, DraftPolicy
 
 PROMPTS = ["chat", "code", "lookup_300", "lookup_1000", "lookup_3000", "lookup_6000"]
@@ -66,6 +68,26 @@ def test_sampled_answers_are_those_without_drafts(
         tokens, _, acceptance = answer(demo, oracle[name].prompt_ids, num_drafts, params)
         assert tokens == without, name
         assert sum(acceptance.drafted) > 0
+
+
+def test_an_answer_may_end_before_drafts_that_are_right(demo: LocalModel) -> None:
+    """They are no part of it, though its last page would be full with them."""
+
+    def steps(**stop: object) -> list[list[Token]]:
+        engine = demo.engine(EngineConfig(num_drafts=3), 128)
+        params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, **stop)
+        engine.add(Request("r", tuple(lookup_documents()[0][:54]), params))
+        found = []
+        while not engine.is_idle:
+            found.append(engine.step())
+        engine.pool.check_idle()
+        return found
+
+    whole = steps()
+    across = next(step for step in whole if step[0].position < PAGE_SIZE - 1 <= step[-1].position - 1)
+    ended = [token for step in steps(stop_token_ids=(across[0].token_id,)) for token in step]
+    assert ended[-1].position == across[0].position
+    assert ended[-1].finish_reason == "stop"
 
 
 def test_seeds_give_different_answers(demo: LocalModel, oracle) -> None:
