@@ -106,6 +106,7 @@ def _serve(pipe: Connection, rank: int, gpu: int, role: Role, arguments: Sequenc
             endpoint.pump(0.01)
         pipe.send(("ok", role(End(rank, endpoint, pipe, torch.device("cuda", 0)), *arguments)))
     except BaseException:
+        traceback.print_exc()  # who hears one end alone may not hear of the cause
         pipe.send(("failed", traceback.format_exc()))
 
 

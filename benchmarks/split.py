@@ -14,23 +14,19 @@ Before it times anything it compares what a stack of layers gives: split, coloca
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from benchmarks.aside_carrier import AsideCarrier
-from benchmarks.processes import new_endpoint, process
+from benchmarks.gpu_pairs import End, gpu_pair
 from benchmarks.split_layers import LAYER, Layers, Settings
 from benchmarks.split_report import Case, Compared, Row, draw, from_json, table, to_json
 from benchmarks.split_sides import MOST_MICRO_BATCHES, STEP_SECONDS, Side
@@ -41,14 +37,12 @@ from model.fused.feed_forward import FusedExperts
 from model.inputs import PAGE_SIZE
 from workers.gpu_experts import Step, StreamRunner, rows_parcel, sums_parcel
 from workers.transport.carrier import Carrier
-from workers.transport.endpoint import PeerEndpoint
 from workers.transport.message import Message
-from workers.transport.pairing import pair
-from workers.transport.protocol import Address, Deadline, DeadlineExceeded, Received
+from workers.transport.pairing import CarrierKind
+from workers.transport.protocol import Deadline, Received
 from workers.transport.slots import SlotPlan
 
-NAMES = ("attention", "experts")
-ASIDE = "-aside"
+_SILENT_SECONDS = 600.0  # of both sides, with 256 experts to make and kernels to compile
 MOST_PAGES = 1 << 17
 
 
@@ -59,7 +53,7 @@ class Job:
     experts: tuple[int, ...]
     contexts: tuple[int, ...]
     batches: tuple[int, ...]
-    kinds: tuple[str, ...]
+    kinds: tuple[CarrierKind, ...]
     micro_batches: tuple[int, ...]
     colocated: tuple[int, ...]
     depth: int
@@ -102,8 +96,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, nargs="*", default=[8, 256], help="routed ones of the layer")
     parser.add_argument("--context", type=int, nargs="*", default=[4096, 32768])
     parser.add_argument("--batch", type=int, nargs="*", default=[16, 64, 128, 256], help="on both GPUs")
-    carriers = ["ipc", "ipc-aside", "copy", "copy-aside", "nccl"]
-    parser.add_argument("--carriers", nargs="*", default=carriers, help="aside: sends by their own stream")
+    parser.add_argument("--carriers", nargs="*", default=get_args(CarrierKind), choices=get_args(CarrierKind))
     parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 2, 3], help="of the split")
     parser.add_argument("--colocated", type=int, nargs="*", default=[1, 2], help="micro-batches of that")
     parser.add_argument("--depth", type=int, default=12, help="layers of a step")
@@ -135,11 +128,8 @@ def run(job: Job) -> tuple[list[Row], list[Compared]]:
     """Both sides in processes of their own, each with its GPU alone, as Ray gives it to an actor."""
     rows: list[Row] = []
     compared: list[Compared] = []
-    with ExitStack() as stack:
-        pipes = [stack.enter_context(process(work, rank, job)) for rank in range(2)]
-        addresses = [pipe.recv() for pipe in pipes]
-        pipes[0].send(addresses[1])
-        while (found := pipes[0].recv()) is not None:
+    with gpu_pair(work, job) as pair:
+        while (found := pair.hear(0, _SILENT_SECONDS)) is not None:
             if isinstance(found, Row):
                 rows.append(found)
                 print(table([found]).split("\n")[1], flush=True)
@@ -149,42 +139,21 @@ def run(job: Job) -> tuple[list[Row], list[Compared]]:
     return rows, compared
 
 
-def work(pipe: Connection, rank: int, job: Job) -> None:
-    """One side."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
-    os.environ["NCCL_GRAPH_MIXING_SUPPORT"] = "0"
-    try:
-        _work(pipe, rank, job)
-    except Exception as failure:
-        print(f"{NAMES[rank]}: {failure!r}", file=sys.stderr, flush=True)
-        raise
-    finally:
-        with suppress(BrokenPipeError):  # who has heard side 0 out does not wait for side 1
-            pipe.send(None)
-
-
-def _work(pipe: Connection, rank: int, job: Job) -> None:
-    device = torch.device("cuda", 0)
-    with closing(new_endpoint(NAMES[rank], same_host=True)) as endpoint:
-        pipe.send(endpoint.address)
-        wire = EndpointWire(endpoint, NAMES[1 - rank], pipe.recv() if rank == 0 else None)
-        carriers = _pair(endpoint, NAMES[1 - rank], job, device)
-        if rank == 0:  # the experts' end has nothing else to do
-            carriers = {kind: _aside(kind, carrier, device) for kind, carrier in carriers.items()}
-        runner = GpuRunner(device)
-        for experts in job.experts:
-            config = config_of(experts)
-            settings = _settings(job, device)
-            side = Side(rank, config, settings, wire, carriers, runner)
-            for compared in _compare(side, job, experts):
-                pipe.send(compared)
-            for case in job.cases(experts):
-                if not side.barrier(time.monotonic() < job.until):
-                    break
-                for row in side.rows(case, job.kinds, job.micro_batches, job.colocated):
-                    pipe.send(row)
-            del side
-            torch.cuda.empty_cache()
+def work(end: End, job: Job) -> None:
+    """One side; what side 0 finds goes to the parent as it comes."""
+    carriers, runner = _pair(end, job), GpuRunner(end.device)
+    for experts in job.experts:
+        settings = _settings(job, end.device)
+        side = Side(end.rank, config_of(experts), settings, EndpointWire(end), carriers, runner)
+        for compared in _compare(side, job, experts):
+            end.pipe.send(("ok", compared))
+        for case in job.cases(experts):
+            if not side.barrier(time.monotonic() < job.until):
+                break
+            for row in side.rows(case, job.kinds, job.micro_batches, job.colocated):
+                end.pipe.send(("ok", row))
+        del side
+        torch.cuda.empty_cache()
 
 
 def _settings(job: Job, device: torch.device) -> Settings:
@@ -192,23 +161,12 @@ def _settings(job: Job, device: torch.device) -> Settings:
     return Settings(job.depth, job.replays, max(job.batches), pages, device, "triton")
 
 
-def _pair(endpoint: PeerEndpoint, peer: str, job: Job, device: torch.device) -> dict[str, Carrier]:
+def _pair(end: End, job: Job) -> dict[str, Carrier]:
     config, most = config_of(max(job.experts)), max(job.batches)
     sums = sums_parcel(config, range(config.n_group), most)
     room = max(rows_parcel(config, most).num_bytes, sums.num_bytes)
     slots = SlotPlan(2 * MOST_MICRO_BATCHES, room)
-    made: dict[str, Carrier] = {}
-    for epoch, kind in enumerate(job.kinds, start=1):
-        plain: Any = kind.removesuffix(ASIDE)
-        deadline = Deadline.after(STEP_SECONDS)
-        made[kind] = pair(
-            endpoint, peer, plain, epoch, slots, device, timeout=STEP_SECONDS, deadline=deadline
-        )
-    return made
-
-
-def _aside(kind: str, carrier: Carrier, device: torch.device) -> Carrier:
-    return AsideCarrier(carrier, device) if kind.endswith(ASIDE) else carrier
+    return {kind: end.pair(kind, slots, STEP_SECONDS) for kind in job.kinds}
 
 
 def _compare(side: Side, job: Job, experts: int) -> Iterable[Compared]:
@@ -228,21 +186,14 @@ def _error(found: Tensor, expected: Tensor) -> float:
 class EndpointWire:
     """A `Wire` over the endpoint by which the carriers were paired."""
 
-    def __init__(self, endpoint: PeerEndpoint, peer: str, address: Address | None) -> None:
-        self._endpoint, self._peer = endpoint, peer
-        deadline = Deadline.after(STEP_SECONDS)
-        if address:
-            endpoint.connect(address, deadline)
-        while peer not in endpoint.peers:
-            if deadline.is_over:
-                raise DeadlineExceeded(f"meeting {peer}")
-            endpoint.pump(0.01)
+    def __init__(self, end: End) -> None:
+        self._end = end
 
     def tell(self, message: Message) -> None:
-        self._endpoint.send(self._peer, message, Deadline.after(STEP_SECONDS))
+        self._end.endpoint.send(self._end.peer, message, Deadline.after(STEP_SECONDS))
 
     def hear(self) -> Message:
-        event = self._endpoint.receive(Deadline.after(2 * STEP_SECONDS), self._peer)
+        event = self._end.endpoint.receive(Deadline.after(2 * STEP_SECONDS), self._end.peer)
         if not isinstance(event, Received):
             raise event
         return event.message

@@ -54,7 +54,7 @@ class Row:
     """One way to run a case.
 
     Attributes:
-        layout: "colocated", or the split's carrier, "aside" where its sends have a stream of their own.
+        layout: "colocated", or the split's carrier.
         us: of a layer, all micro-batches; None where it failed.
         attention_us, experts_us: all micro-batches by themselves; round_trip_us: of one of them, both hops.
     """

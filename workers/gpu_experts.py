@@ -37,6 +37,8 @@ Step = Callable[[], None]
 
 STEP = 64  # kind of the message that tells a plan
 _DRAIN_POLL_SECONDS = 0.001
+_MOST_LAYERS = 256
+_MOST_GRAPHS = 256  # each keeps its launches in memory: a bucket of rows takes one, the MTP layer's another
 _MOST_QUEUED = 2  # steps launched and not over: the next one's host work is done while one runs
 
 
@@ -252,9 +254,13 @@ class ExpertStepper:
         for num_rows in plan.rows:
             if not 0 < num_rows <= self._max_rows:
                 raise BadPlan(self._carrier.peer, f"{num_rows} rows, 1 to {self._max_rows} fit")
+        if len(plan.layers) > _MOST_LAYERS:
+            raise BadPlan(self._carrier.peer, f"{len(plan.layers)} layers, at most {_MOST_LAYERS} fit")
         for layer in plan.layers:
             if not self._experts.holds(layer):
                 raise BadPlan(self._carrier.peer, f"layer {layer} has no experts here")
+        if plan.captured and plan not in self._graphs and len(self._graphs) >= _MOST_GRAPHS:
+            raise BadPlan(self._carrier.peer, f"{_MOST_GRAPHS} other plans have been captured")
 
     def _wait(self, at_most: int) -> None:
         """Until no more than so many launched steps are not over."""

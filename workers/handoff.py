@@ -14,16 +14,19 @@ nothing has moved for `lease_seconds`. The two sides are `page_sender.py` and `p
 PAGES: header: sequence = lease, layer, step = number of the first page within the sequence; tensors: latents
 [n, ..] and index keys [n, ..] of n pages, in the cache's own format; by way of the host if they lie on a GPU.
 PUSHED says the same of pages that come from GPU to GPU by the way that GRANT names (`page_ways.py`): n alone,
-int64 [1].
+int64 [1]; epoch = the way's. A way that fails takes with it every lease that was granted with it.
 """
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from model.pages import LayerPages
 from workers.transport.protocol import Deadline
 from workers.wire import Why
 
 MESSAGE_BYTES = 8 * 2**20  # of pages in one message, or in one push
+MOST_PUSHES = 4  # under way from one GPU to another: announced, and not known to have landed
+OPENING_SECONDS = 60.0  # of a way: NCCL's first communicator, and kernels that are compiled first
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class Lapse:
 
     uid: str
     why: Why
+
+
+def at_once(pages: LayerPages) -> int:
+    """How many pages of a layer go in one message, or in one push, at most."""
+    return max(1, MESSAGE_BYTES // (pages.latents[0].nbytes + pages.index_keys[0].nbytes))
 
 
 def why_over(deadline: Deadline) -> Why:

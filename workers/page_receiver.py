@@ -11,7 +11,7 @@ from model.errors import RequestError
 from model.pages import PageCache
 from workers.allocation import Wait
 from workers.engine import Engine
-from workers.handoff import Lease, sooner, why_over
+from workers.handoff import MOST_PUSHES, OPENING_SECONDS, Lease, at_once, sooner, why_over
 from workers.page_pool import pages_for
 from workers.sequence import Sequence
 from workers.transport.carrier import CarrierFailed
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_MOST_ANNOUNCED = 4 * MOST_PUSHES  # by one peer and not taken yet: its way's, and those of ways that failed
+
 
 @dataclass
 class Arrival:
     """A sequence on its way in; `sequence` is None while it waits for pages.
 
-    `arrived` counts its pages by layer; those that are pushed are there with the events of `landing`.
+    `arrived` counts its pages by layer; those that are pushed come by `way` alone, and are there with the
+    events of `landing`.
     """
 
     reserve: Reserve
@@ -39,6 +42,7 @@ class Arrival:
     expiry: Deadline
     keys: list[bytes] | None = None
     sequence: Sequence | None = None
+    way: "PageWay | None" = None
     arrived: list[int] = field(default_factory=list)
     landing: list[torch.cuda.Event] = field(default_factory=list)
     handed: HandOver | None = None
@@ -68,7 +72,7 @@ class PageReceiver:
     ) -> None:
         self._engine, self._cache, self._endpoint = engine, cache, endpoint
         self._lease, self._num_layers, self._ways = lease, num_layers, ways
-        self._announced: dict[str, deque[Message]] = defaultdict(deque)  # PUSHED, before the way is open
+        self._announced: dict[str, deque[Message]] = defaultdict(deque)  # PUSHED, by peer, not taken yet
         self._limbo: list[tuple[Arrival, Sequence]] = []  # over, but a device may still write their pages
         self._arrivals: dict[int, Arrival] = {}  # by lease, in order of arrival
         self._num_leases = 0
@@ -88,9 +92,10 @@ class PageReceiver:
             if isinstance(sequence, Sequence):
                 arrival.sequence = sequence
                 arrival.arrived = [sequence.num_shared] * len(self._cache.layers)
+                arrival.way = self._ways.open_for(arrival.peer) if self._ways else None
                 self._renew(arrival)
-                way = self._ways.open_for(arrival.peer) if self._ways else None
-                grant = Grant(request.uid, arrival.lease, sequence.num_shared, way)
+                where = arrival.way.address if arrival.way else None
+                grant = Grant(request.uid, arrival.lease, sequence.num_shared, where)
                 self._reply(arrival, pack(Kind.GRANT, grant))
                 continue
             arrival.keys = arrival.keys or self._engine.keys_of(request)  # it will be asked again and again
@@ -139,8 +144,8 @@ class PageReceiver:
         if arrival is None:
             self.num_stray += 1
             return
-        if len(message.tensors) != 2:
-            raise MalformedMessage(f"pages in {len(message.tensors)} tensors")
+        if arrival.way or len(message.tensors) != 2:
+            raise MalformedMessage(f"pages in {len(message.tensors)} tensors of a message")
         latents, index_keys = message.tensors
         places = self._places(arrival, message, len(latents) if latents.ndim else 0)
         pages = self._cache.layers[message.layer]
@@ -167,6 +172,8 @@ class PageReceiver:
         (count,) = message.tensors if len(message.tensors) == 1 else (None,)
         if self._ways is None or count is None or count.dtype != torch.int64 or count.shape != (1,):
             raise MalformedMessage("pages were pushed that nobody asked for")
+        if len(self._announced[peer.name]) >= _MOST_ANNOUNCED:
+            raise MalformedMessage(f"more than {_MOST_ANNOUNCED} pushes are said to be under way")
         self._announced[peer.name].append(message)
 
     def adopt(self, peer: Peer, handed: HandOver) -> Arrival | None:
@@ -198,14 +205,19 @@ class PageReceiver:
         landed: list[Arrival] = []
         if self._ways is None:
             return landed
-        waiting = {arrival.peer for arrival in self._arrivals.values() if arrival.handed}
-        for peer in waiting | {peer for peer, announced in self._announced.items() if announced}:
+        granted = {arrival.peer for arrival in self._arrivals.values() if arrival.way}
+        for peer in granted | {peer for peer, announced in self._announced.items() if announced}:
             try:
                 way = self._ways.of(peer)
+                self._give_up(peer, but_for=way)
                 self._expect_announced(peer, way)
-                landed += self._land(peer)
+                for arrival in self._landed(peer, way):
+                    self._go_on(arrival)
+                    landed.append(arrival)
             except (CarrierFailed, MalformedMessage) as error:
                 _log.warning("pages of %s: %s", peer, error)
+                self._ways.end(peer, str(error))
+                self._announced.pop(peer, None)
                 self._give_up(peer)
         self._leave_limbo()
         return landed
@@ -214,8 +226,12 @@ class PageReceiver:
         announced = self._announced[peer]
         while announced and way.is_open:
             message = announced.popleft()
+            if message.epoch != way.address.epoch:  # a push of a way that has failed
+                self.num_stray += 1
+                continue
             count, layer = int(message.tensors[0]), message.layer
-            if not 0 <= layer < len(self._cache.layers) or not 0 < count <= self._cache.num_pages:
+            layers = self._cache.layers
+            if not 0 <= layer < len(layers) or not 0 < count <= at_once(layers[layer]):
                 raise MalformedMessage(f"{count} pushed pages of layer {layer}")
             arrival = self._arrival(message.sequence, peer)
             if arrival is None:
@@ -226,17 +242,17 @@ class PageReceiver:
             arrival.arrived[layer] += count
             self._renew(arrival)
 
-    def _land(self, peer: str) -> list[Arrival]:
-        """Those of a peer that go on now."""
-        assert self._ways
+    def _landed(self, peer: str, way: "PageWay") -> list[Arrival]:
+        """Those of a peer whose pages are there.
+
+        Raises:
+            CarrierFailed: they are not, whatever the device says.
+        """
         if self._announced[peer]:
             return []
         handed = [arrival for arrival in self._arrivals.values() if arrival.peer == peer and arrival.handed]
         landed = [arrival for arrival in handed if not arrival.is_landing()]
-        if landed:
-            self._ways.of(peer).check()  # what comes after a failure means nothing
-        for arrival in landed:
-            self._go_on(arrival)
+        way.check()  # after the events: they come after a failure too
         return landed
 
     def _go_on(self, arrival: Arrival) -> None:
@@ -258,13 +274,12 @@ class PageReceiver:
         del self._arrivals[arrival.lease]
         self._reply(arrival, pack(Kind.ADOPTED, Adopted(uid)))
 
-    def _give_up(self, peer: str) -> None:
-        """Nothing more comes from a peer by its way."""
-        assert self._ways
-        self._ways.end(peer, "it has failed")
-        self._announced.pop(peer, None)
-        for lease in [lease for lease, arrival in self._arrivals.items() if arrival.peer == peer]:
-            arrival = self._drop(lease)
+    def _give_up(self, peer: str, but_for: "PageWay | None" = None) -> None:
+        """Nothing more comes from a peer by the ways it had: what came by them may be garbage."""
+        for arrival in list(self._arrivals.values()):
+            if arrival.peer != peer or arrival.way is None or arrival.way is but_for:
+                continue
+            self._drop(arrival.lease)
             self._reply(arrival, pack(Kind.DROP, Drop(arrival.reserve.request.uid, "replica_lost")))
 
     def _arrival(self, lease: int, peer: str) -> Arrival | None:
@@ -305,7 +320,8 @@ class PageReceiver:
             self._engine.release(entry[1])
 
     def _renew(self, arrival: Arrival) -> None:
-        arrival.expiry = sooner(Deadline.after(self._lease.seconds), arrival.deadline)
+        opening = OPENING_SECONDS if arrival.way and arrival.way.is_opening else 0.0
+        arrival.expiry = sooner(Deadline.after(self._lease.seconds + opening), arrival.deadline)
 
     def _reply(self, arrival: Arrival, message: Message) -> None:
         try:

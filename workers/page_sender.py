@@ -9,7 +9,7 @@ import torch
 from model.inputs import PAGE_SIZE
 from model.pages import PageCache
 from workers.engine import Engine
-from workers.handoff import MESSAGE_BYTES, Lapse, Lease, sooner, why_over
+from workers.handoff import OPENING_SECONDS, Lapse, Lease, at_once, sooner, why_over
 from workers.page_pool import pages_for
 from workers.schedule import Batch
 from workers.sequence import Request, Sequence, Token
@@ -19,7 +19,7 @@ from workers.transport.protocol import Address, Deadline, DeadlineExceeded, Endp
 from workers.wire import Drop, Grant, HandOver, Kind, Reserve, Why, pack
 
 if TYPE_CHECKING:
-    from workers.page_ways import PageWays
+    from workers.page_ways import PageWay, PageWays
 
 _log = logging.getLogger(__name__)
 
@@ -28,23 +28,22 @@ _CONNECT_SECONDS = 1.0
 
 @dataclass
 class Handoff:
-    """A sequence on its way out. `sent` counts the pages that have left, by layer."""
+    """A sequence on its way out. `sent` counts the pages that have left, by layer; `way` is where they go."""
 
     request: Request
     client: str
     target: Address
     deadline: Deadline
-    lease_seconds: float
     expiry: Deadline
     lease: int | None = None
+    way: "PageWay | None" = None
     first: Token | None = None
     sent: list[int] = field(default_factory=list)
     is_complete: bool = False
 
-    def has_moved(self) -> None:
-        """The lease, where there is one, starts anew, within the request's own time."""
-        if self.lease is not None:
-            self.expiry = sooner(Deadline.after(self.lease_seconds), self.deadline)
+    def fail(self) -> None:
+        """Let `PageSender.expire` end it."""
+        self.expiry = Deadline.after(0)
 
 
 class PageSender:
@@ -75,9 +74,7 @@ class PageSender:
 
     def add(self, request: Request, client: str, target: Address, deadline: Deadline) -> None:
         """Remember where a request goes; pages are asked for when it starts to run."""
-        self._handoffs[request.uid] = Handoff(
-            request, client, target, deadline, self._lease.seconds, expiry=deadline
-        )
+        self._handoffs[request.uid] = Handoff(request, client, target, deadline, expiry=deadline)
 
     def on_layer(self, batch: Batch, layer: int) -> None:
         """Push what a layer has completed of each sequence; the MTP layer follows in the next step."""
@@ -101,12 +98,11 @@ class PageSender:
         if handoff is None:
             return
         if token.finish_reason:
-            self._tell_off(handoff, "replica_lost")
-            del self._handoffs[token.uid]
+            self.cancel(token.uid)
             return
         handoff.first = token
         if handoff.lease is not None and not handoff.expiry.is_over:
-            handoff.has_moved()
+            self._renew(handoff)
             self._complete(handoff)
 
     def adopted(self, peer: Peer, uid: str) -> bool:
@@ -124,7 +120,8 @@ class PageSender:
     @property
     def is_busy(self) -> bool:
         """Whether pages wait for room on their way."""
-        return any(_may_complete(handoff) for handoff in self._handoffs.values())
+        ready = [handoff for handoff in self._handoffs.values() if _may_complete(handoff)]
+        return any(handoff.way and not handoff.way.is_opening for handoff in ready)
 
     def proceed(self) -> None:
         """Push what found no room before."""
@@ -153,7 +150,7 @@ class PageSender:
 
     def cancel(self, uid: str) -> None:
         """Forget a request, and tell the other side."""
-        if handoff := self._handoffs.pop(uid, None):
+        if handoff := self._forget(uid):
             self._tell_off(handoff, "replica_lost")
 
     def _goes_to(self, peer: Peer, uid: str) -> bool:
@@ -161,9 +158,22 @@ class PageSender:
         return uid in self._handoffs and self._handoffs[uid].target.name == peer.name
 
     def _give_up(self, uid: str, why: Why) -> Lapse:
-        del self._handoffs[uid]
+        self._forget(uid)
         self._engine.cancel(uid)
         return Lapse(uid, why)
+
+    def _forget(self, uid: str) -> Handoff | None:
+        """Its pages may be somebody else's next, while a device may still read them for the other side."""
+        handoff = self._handoffs.pop(uid, None)
+        if handoff and handoff.way:
+            handoff.way.settle()
+        return handoff
+
+    def _renew(self, handoff: Handoff) -> None:
+        """The lease, where there is one, starts anew, within the request's own time."""
+        if handoff.lease is not None:
+            opening = OPENING_SECONDS if handoff.way and handoff.way.is_opening else 0.0
+            handoff.expiry = sooner(Deadline.after(self._lease.seconds + opening), handoff.deadline)
 
     def _ask(self, handoff: Handoff) -> None:
         target = handoff.target
@@ -176,7 +186,7 @@ class PageSender:
             self._endpoint.connect(target, Deadline.after(_CONNECT_SECONDS))
         except TransportError as error:
             _log.warning("cannot hand over to %s: %s", target.name, error)
-            handoff.expiry = Deadline.after(0)
+            handoff.fail()
             return
         self._send(handoff, pack(Kind.RESERVE, body, handoff.deadline.left_us()))
 
@@ -188,9 +198,13 @@ class PageSender:
         handoff = self._handoffs[grant.uid]
         handoff.lease = grant.lease
         handoff.sent = [grant.first_page] * self._num_layers
-        handoff.has_moved()
+        if (self._ways is None) != (grant.way is None):
+            _log.error("%s moves pages by another carrier than we do", peer.name)
+            handoff.fail()
+            return
         if self._ways and grant.way:
-            self._ways.join(peer.name, grant.way)
+            handoff.way = self._ways.join(peer.name, grant.way)
+        self._renew(handoff)
         if handoff.first:
             self._complete(handoff)
 
@@ -210,15 +224,17 @@ class PageSender:
 
     def _push(self, handoff: Handoff, sequence: Sequence, layer: int, stop: int) -> None:
         """Send the pages of a layer below number `stop` that have not been sent, as far as there is room."""
-        pages = self._cache.layers[layer]
-        at_once = max(1, MESSAGE_BYTES // (pages.latents[0].nbytes + pages.index_keys[0].nbytes))
+        most = at_once(self._cache.layers[layer])
         while handoff.sent[layer] < stop and not handoff.expiry.is_over:
             start = handoff.sent[layer]
-            ids = sequence.pages[start : min(stop, start + at_once)]
-            message = self._pushed(handoff, layer, ids) if self._ways else self._carried(handoff, layer, ids)
-            if message is None:
+            ids = sequence.pages[start : min(stop, start + most)]
+            has_left = (
+                self._push_by(handoff.way, handoff, layer, ids)
+                if handoff.way
+                else self._send(handoff, self._carried(handoff, layer, ids))
+            )
+            if not has_left:
                 return
-            self._send(handoff, message)
             handoff.sent[layer] += len(ids)
             self.num_pages += len(ids)
 
@@ -230,40 +246,54 @@ class PageSender:
         tensors = pages.latents[chosen].cpu(), pages.index_keys[chosen].cpu()
         return Message(Kind.PAGES, tensors, sequence=handoff.lease, layer=layer, step=handoff.sent[layer])
 
-    def _pushed(self, handoff: Handoff, layer: int, ids: list[int]) -> Message | None:
-        """Pages by a way of their own, and the word that they come; None while it has no room."""
-        assert self._ways
+    def _push_by(self, way: "PageWay", handoff: Handoff, layer: int, ids: list[int]) -> bool:
+        """Pages by a way of their own, and the word that they come; whether there was room."""
         assert handoff.lease is not None
         try:
-            way = self._ways.of(handoff.target.name)
+            way.check()
         except CarrierFailed as error:
             _log.warning("handing over to %s: %s", handoff.target.name, error)
-            handoff.expiry = Deadline.after(0)
-            return None
+            way.close(str(error))  # so that the other side hears of it before it grants anything more
+            handoff.fail()
+            return False
         if not way.has_room:
-            return None
+            return False
         way.push(layer, ids)
-        count = torch.tensor([len(ids)])
-        return Message(Kind.PUSHED, (count,), sequence=handoff.lease, layer=layer, step=handoff.sent[layer])
+        message = Message(
+            Kind.PUSHED,
+            (torch.tensor([len(ids)]),),
+            epoch=way.address.epoch,
+            sequence=handoff.lease,
+            layer=layer,
+            step=handoff.sent[layer],
+        )
+        is_told = self._send(handoff, message)
+        if not is_told:
+            way.close("a push was not announced")  # the next would be taken for it
+        return is_told
 
-    def _send(self, handoff: Handoff, message: Message) -> None:
+    def _send(self, handoff: Handoff, message: Message) -> bool:
+        """Whether it went out; else the hand-over ends."""
+        target, deadline = handoff.target.name, sooner(Deadline.after(self._lease.seconds), handoff.deadline)
         try:
-            self._endpoint.send(
-                handoff.target.name, message, sooner(Deadline.after(handoff.lease_seconds), handoff.deadline)
-            )
-            handoff.has_moved()
+            self._endpoint.send(target, message, deadline)
         except TransportError as error:
-            _log.warning("handing over to %s: %s", handoff.target.name, error)
-            handoff.expiry = Deadline.after(0)
+            _log.warning("handing over to %s: %s", target, error)
+            handoff.fail()
             if isinstance(error, DeadlineExceeded) and not handoff.deadline.is_over:
-                self._part_from(handoff.target.name)
+                self._part_from(target)
+            return False
+        self._renew(handoff)
+        return True
 
     def _part_from(self, target: str) -> None:
         """Give up a decode worker with all that goes there, which need not be waited for once a sequence."""
         self._endpoint.disconnect(target)
+        if self._ways:
+            self._ways.end(target, "it is given up")
         for handoff in self._handoffs.values():
             if handoff.target.name == target and handoff.sent:
-                handoff.expiry = Deadline.after(0)
+                handoff.fail()
 
     def _tell_off(self, handoff: Handoff, why: Why) -> None:
         if handoff.sent:

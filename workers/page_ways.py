@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from model.pages import PageCache
-from workers.handoff import MESSAGE_BYTES, WayConfig
+from workers.handoff import MESSAGE_BYTES, MOST_PUSHES, OPENING_SECONDS, WayConfig
 from workers.transport.carrier import Carrier, CarrierFailed, CarrierUnavailable
 from workers.transport.config import EndpointConfig
 from workers.transport.cuda_memory import CudaError
@@ -33,17 +33,16 @@ from workers.wire import WayAddress
 
 _log = logging.getLogger(__name__)
 
-_NUM_SLOTS = 4
-_PAIR_SECONDS = 30.0  # NCCL's first communicator takes one
 _WAIT_SECONDS = 5.0  # of a wait on the device: announced pages come at once, or their sender is dead
-_MEET_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 class PageWay:
     """A way to or from one peer: opening, then open, then failed, for ever.
 
     A thread pairs and then watches the connection, whose end is the first that is heard of a peer's death.
-    All other calls belong to the worker's own thread.
+    All calls belong to the worker's own thread; only after its `close` does the other give the memory back,
+    as what was posted meanwhile may still use it.
     """
 
     def __init__(self, config: WayConfig, number: int, cache: PageCache, joined: WayAddress | None) -> None:
@@ -73,10 +72,15 @@ class PageWay:
         return self._pages is not None
 
     @property
+    def is_opening(self) -> bool:
+        """Whether it may still open; that has a deadline of its own."""
+        return not self.is_open and self._failure is None
+
+    @property
     def has_room(self) -> bool:
         """Whether a push may be posted now: it is open, and not too many are under way."""
         self._under_way = [event for event in self._under_way if not event.query()]
-        return self.is_open and len(self._under_way) < _NUM_SLOTS
+        return self.is_open and len(self._under_way) < MOST_PUSHES
 
     def check(self) -> None:
         """Raises CarrierFailed once anything went wrong."""
@@ -88,32 +92,39 @@ class PageWay:
     def push(self, layer: int, pages: Sequence[int]) -> torch.cuda.Event:
         """Send pages of a layer as they are after the work before; the event: the peer has them."""
         assert self._pages
-        return self._note(self._pages.push(_pools_of(layer), pages, pages))
+        event = self._pages.push(_pools_of(layer), pages, pages)
+        self._under_way.append(event)
+        return event
+
+    def settle(self) -> None:
+        """Whatever runs next may write to the pages of earlier pushes, whether the peer has them or not."""
+        if pages := self._pages:  # the other thread may just have given it back
+            pages.settle()
 
     def expect(self, layer: int, pages: Sequence[int]) -> torch.cuda.Event:
         """Take the peer's next push into these pages; the event: they are there."""
         assert self._pages
-        return self._note(self._pages.expect(_pools_of(layer), pages))
+        return self._pages.expect(_pools_of(layer), pages)
 
     def skip(self, layer: int, num_pages: int) -> None:
         """Take the peer's next push and forget it."""
         assert self._pages
-        self._note(self._pages.skip(_pools_of(layer), num_pages))
+        self._pages.skip(_pools_of(layer), num_pages)
 
     def close(self, reason: str) -> None:
-        """End it: whatever waits for the peer goes on. Its memory goes back when the GPU has done with it."""
+        """End it: whatever waits for the peer goes on. Its memory goes back when the GPU has done with it.
+
+        May be called twice.
+        """
         self._fail(reason)
         self._stop.set()
 
-    def _note(self, event: torch.cuda.Event) -> torch.cuda.Event:
-        self._under_way.append(event)
-        return event
-
     def _run(self) -> None:
-        torch.cuda.set_device(self._device)
         try:
-            peer = self._meet(Deadline.after(_PAIR_SECONDS))
-            self._pair(peer, Deadline.after(_PAIR_SECONDS))
+            torch.cuda.set_device(self._device)
+            deadline = Deadline.after(OPENING_SECONDS)
+            peer = self._meet(deadline)
+            self._pair(peer, deadline)
             assert self._carrier
             keep_watch(self._endpoint, {peer: self._carrier}, self._stop, lambda _: None)
         except (CarrierFailed, CarrierUnavailable, CudaError, TransportError) as error:
@@ -123,8 +134,9 @@ class PageWay:
             _log.exception("no way for pages")
             self._fail(type(error).__name__)
         finally:
-            self._endpoint.close()
-            self._give_back(Deadline.after(_PAIR_SECONDS))
+            self._endpoint.close()  # so the peer hears of it
+        self._stop.wait()
+        self._give_back()
 
     def _meet(self, deadline: Deadline) -> str:
         if self.joined:
@@ -134,29 +146,36 @@ class PageWay:
                 raise CarrierFailed(self.address.address.name, "it was closed")
             if deadline.is_over:
                 raise DeadlineExceeded("waiting for the peer of a way for pages")
-            self._endpoint.pump(_MEET_SECONDS)
+            self._endpoint.pump(_POLL_SECONDS)
         return next(iter(self._endpoint.peers))
 
     def _pair(self, peer: str, deadline: Deadline) -> None:
         a_page = sum(pool[0].nbytes for pool in self._pools[:2])
-        plan = SlotPlan(_NUM_SLOTS, max(MESSAGE_BYTES, a_page))
+        plan = SlotPlan(MOST_PUSHES, max(MESSAGE_BYTES, a_page))
         self._carrier = pair(
             self._endpoint, peer, self._kind, self.address.epoch, plan, self._device,
             timeout=_WAIT_SECONDS, deadline=deadline,
         )  # fmt: skip
-        self._pages = StagedPages(self._carrier, _NUM_SLOTS, self._pools)
+        if self._failure is not None:  # it was closed meanwhile
+            raise CarrierFailed(peer, self._failure)
+        self._pages = StagedPages(self._carrier, MOST_PUSHES, self._pools)
 
     def _fail(self, reason: str) -> None:
         self._failure = self._failure or reason
-        if self._carrier:
-            self._carrier.abort(reason)
+        if carrier := self._carrier:
+            carrier.abort(reason)
 
-    def _give_back(self, deadline: Deadline) -> None:
-        """Close the carrier once nothing on the GPU uses it; if that never ends, the process does."""
-        while not all(event.query() for event in self._under_way) and not deadline.is_over:
-            time.sleep(_MEET_SECONDS)
-        if self._carrier and not deadline.is_over:
-            self._carrier.close()
+    def _give_back(self) -> None:
+        """Close the carrier once nothing on the GPU uses it. However long that takes: until then this thread,
+        which has nothing else to do, holds memory that must not be given to others."""
+        while self._pages and not self._pages.is_idle:
+            time.sleep(_POLL_SECONDS)
+        try:
+            if self._carrier:
+                self._carrier.close()
+        except (CudaError, TransportError) as error:
+            _log.warning("closing a way for pages: %s", error)
+        self._pages = self._carrier = None
 
 
 class PageWays:
@@ -167,16 +186,16 @@ class PageWays:
         self._ways: dict[str, PageWay] = {}
         self._number = 0
 
-    def open_for(self, peer: str) -> WayAddress:
-        """Where a peer may join the way by which its pages come."""
-        return self._way(peer, None).address
+    def open_for(self, peer: str) -> PageWay:
+        """The way by which a peer's pages come; it may be joined at its address."""
+        return self._way(peer, None)
 
-    def join(self, peer: str, where: WayAddress) -> None:
-        """Open the way to a peer who waits there, unless it is there already."""
-        self._way(peer, where)
+    def join(self, peer: str, where: WayAddress) -> PageWay:
+        """The way to a peer who waits there."""
+        return self._way(peer, where)
 
     def of(self, peer: str) -> PageWay:
-        """The way that was opened for a peer, or joined.
+        """The newest way that was opened for a peer, or joined.
 
         Raises:
             CarrierFailed: there is none that works.

@@ -345,11 +345,24 @@ def test_a_step_that_fails_at_the_attention_is_given_up_at_the_experts() -> None
         (StepPlan((4, 0), (3,)), "0 rows"),
         (StepPlan((4,), (3, 0)), "layer 0 has no experts here"),
         (StepPlan((4,), (99,)), "layer 99"),
+        (StepPlan((4,), (3,) * 257), "257 layers, at most 256 fit"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(plan: StepPlan, problem: str) -> None:
     with pool(range(8)) as experts, pytest.raises(BadPlan, match=problem):
         experts.steppers[0].run(plan)
+
+
+def test_graphs_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever announces another plan each time must not fill the experts' memory."""
+    monkeypatch.setattr("workers.gpu_experts._MOST_GRAPHS", 2)
+    with pool(range(8)) as experts:
+        stepper = experts.steppers[0]
+        for num_rows in (1, 2, 1, 2):
+            stepper.run(StepPlan((num_rows,), (), captured=True))
+        stepper.run(StepPlan((3,), ()))
+        with pytest.raises(BadPlan, match="2 other plans have been captured"):
+            stepper.run(StepPlan((3,), (), captured=True))
 
 
 def test_a_plan_travels() -> None:

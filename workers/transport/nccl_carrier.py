@@ -93,7 +93,8 @@ class NcclCarrier:
         try:
             self._communicator = within(deadline, f"meeting {peer} in NCCL", meet)
         except self._errors as error:
-            raise CarrierFailed(peer, f"NCCL does not connect: {error!r}") from error
+            hint = "is each end on a GPU of its own?"
+            raise CarrierFailed(peer, f"NCCL does not connect, {hint} {error!r}") from error
 
     def post_send(self, slot: int, tensors: Sequence[Tensor]) -> None:
         parcel = Parcel.of(tensors)

@@ -59,8 +59,9 @@ def runs(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int, i
 class MappedPages:
     """A `PageCarrier` that copies straight into the peer's pools, by copy engines.
 
-    What is on its way when a sender is given up still lands in its target pages: they are nobody else's
-    before the carrier has been closed at the other end.
+    The fastest there can be, by which benchmarks measure `StagedPages`. No worker uses it: what is on its way
+    when a sender is given up still lands in its target pages, which are nobody else's before the carrier has
+    been closed at the other end.
 
     Args:
         carrier: for announcements and acknowledgements; ours alone.
@@ -147,6 +148,15 @@ class StagedPages:
         self._courier.after_message()
         return self._courier.end_expect(slot)
 
+    def settle(self) -> None:
+        """Hold the current stream until the pages of all pushes have been read, wherever those are."""
+        self._courier.current.wait_stream(self._courier.work)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the device has done all that was posted, answers too."""
+        return self._courier.is_idle
+
     def _take(self, pools: Sequence[int], num_pages: int) -> tuple[int, Tensor]:
         """The slot and the message of the next push, int64, for those who follow the courier."""
         slot, stream = self._courier.begin(self._courier.current)
@@ -177,6 +187,10 @@ class _Courier:
     @property
     def current(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)
+
+    @property
+    def is_idle(self) -> bool:
+        return all(stream.query() for stream in (self.work, self._messages, self._answers))
 
     def to_device(self, pages: Sequence[int]) -> Tensor:
         """Page numbers, int64, by an asynchronous copy on the current stream."""

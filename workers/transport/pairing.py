@@ -124,8 +124,12 @@ def pair(
         outbox = PeerMemory(theirs.key, device)
         carrier = made(peer, epoch, inbox, outbox, theirs.plan, timeout=timeout)
         carrier.warm_up()
-    talk.exchange(Kind.READY)
-    _greet(carrier, plan.greeting, theirs.plan.greeting, device, is_first=is_first, deadline=deadline)
+    try:
+        talk.exchange(Kind.READY)
+        _greet(carrier, plan.greeting, theirs.plan.greeting, device, is_first=is_first, deadline=deadline)
+    except BaseException as error:
+        carrier.abort(str(error))  # nobody else will: let no wait of it stay behind on the device
+        raise
     return carrier
 
 
@@ -162,19 +166,22 @@ def keep_watch(
     stop: threading.Event,
     deliver: Callable[[Received], None],
 ) -> None:
-    """Until told to stop: abort the carrier of a peer whose connection ends, deliver what else comes.
+    """Abort the carrier of a peer whose connection ends, deliver what else comes; until told to stop, or all
+    these peers are gone.
 
     The endpoint belongs to the thread that runs this.
     """
-    while not stop.is_set():
+    watched = set(carriers)
+    while watched and not stop.is_set():
         try:
             event = endpoint.receive(Deadline.after(_LISTEN_SECONDS))
         except DeadlineExceeded:
             continue
         if isinstance(event, Received):
             deliver(event)
-        elif carrier := carriers.get(event.peer):
-            carrier.abort(str(event))
+        elif event.peer in watched:
+            watched.remove(event.peer)
+            carriers[event.peer].abort(str(event))
 
 
 _KINDS = frozenset(Kind)
@@ -246,12 +253,7 @@ def _greet(
             event.record(stream)
         return event
 
-    try:
-        event = within(deadline, f"greeting {carrier.peer}", post)  # NCCL connects, and may block
-        await_step(event, [carrier], deadline)
-    except DeadlineExceeded:
-        carrier.abort("it did not greet in time")
-        raise
+    event = within(deadline, f"greeting {carrier.peer}", post)  # NCCL connects, and may block
+    await_step(event, [carrier], deadline)
     if not all(bool((tensor == carrier.epoch).all()) for tensor in heard):
-        carrier.abort("its greeting was garbled")
         raise CarrierFailed(carrier.peer, "its greeting was garbled")

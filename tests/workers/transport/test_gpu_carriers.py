@@ -90,8 +90,11 @@ def page_differences(end: End, way: str) -> list[int]:
             expected[pool][torch.tensor(target)] = (torch.tensor(source) * 3 + 1).to(torch.uint8)
     if isinstance(pages, StagedPages):
         event = pages.push([1], [7], [7]) if end.rank == 0 else pages.skip([1], 1)
+        pages.settle()
         event.synchronize()
         carrier.check()
+        torch.cuda.synchronize()
+        assert pages.is_idle
     end.agree()
     if end.rank == 0:
         return []

@@ -9,6 +9,7 @@ import torch
 
 from tests.workers.transport.pairs import pair
 from tests.workers.transport.processes import soon
+from workers.transport import pairing
 from workers.transport.carrier import Carrier, CarrierFailed
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.message import MalformedMessage, Message
@@ -125,3 +126,27 @@ def test_the_end_of_a_connection_aborts_its_carrier() -> None:
     assert len(carriers["b"].reasons) == 1  # type: ignore[attr-defined]
     assert "peer b is lost" in carriers["b"].reasons[0]  # type: ignore[attr-defined]
     assert not carriers["c"].reasons  # type: ignore[attr-defined]
+
+
+class _Waiting(_Heard):
+    """A carrier that somebody waits for on a device."""
+
+    peer, epoch = "b", 3
+
+
+def test_a_peer_that_dies_while_it_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has the carrier yet, so nobody else could end what it waits for."""
+    made = _Waiting()
+    key = torch.zeros(128, dtype=torch.uint8)
+    monkeypatch.setattr(pairing, "unique_id", lambda: key)
+    with pair("local") as (a, b):
+
+        def meet(*arguments: object, **options: object) -> _Waiting:
+            b.close()
+            return made
+
+        monkeypatch.setattr(pairing, "NcclCarrier", meet)
+        b.send("a", Message(Kind.PAIR, Offer("nccl", PLAN, key[:0]).pack(), epoch=3), soon())
+        with pytest.raises(CarrierFailed, match="peer b is lost"):
+            pairing.pair(a, "b", "nccl", 3, PLAN, torch.device("cpu"), timeout=1.0, deadline=soon())
+    assert len(made.reasons) == 1
