@@ -12,7 +12,7 @@ import httpx2
 import pytest
 from torch import Tensor
 
-import workers.engine
+import workers.runner
 from cluster.config import ClusterConfig, ConfigError, GatewaySection
 from cluster.gateway.errors import Overloaded
 from cluster.gateway.server import GatewayServer
@@ -145,7 +145,7 @@ def test_an_engine_that_fails_again_and_again_is_not_ready(
 def test_logits_that_are_no_numbers_are_the_fault_of_their_request_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = workers.engine.sample
+    real = workers.runner.Drawing
 
     def poisoned(logits: Tensor, rows: list[SampleRow]) -> Any:
         """As if the model had gone wrong for the request that counts log-probabilities."""
@@ -157,7 +157,7 @@ def test_logits_that_are_no_numbers_are_the_fault_of_their_request_alone(
     bad = {"model": "demo", "messages": HARBOR, "max_tokens": 20, "logprobs": True}
     good = {**ENDLESS, "stream": False, "max_tokens": 20}
     with monkeypatch.context() as patch, ThreadPoolExecutor() as threads:
-        patch.setattr(workers.engine, "sample", poisoned)
+        patch.setattr(workers.runner, "Drawing", poisoned)
         for _ in range(4):
             answers = [threads.submit(served.post, body) for body in (good, bad, good)]
             codes = [answer.result().status_code for answer in answers]
