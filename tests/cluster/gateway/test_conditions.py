@@ -17,7 +17,7 @@ import pytest
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-import workers.engine
+import workers.runner
 from cluster.config import ClusterConfig
 from cluster.gateway.errors import Kind
 from cluster.gateway.grpc_server import SERVICE
@@ -167,14 +167,14 @@ def failing(demo: LocalModel, patch: pytest.MonkeyPatch) -> Iterator[Served]:
 
 @contextmanager
 def poisoned(demo: LocalModel, patch: pytest.MonkeyPatch) -> Iterator[Served]:
-    real = workers.engine.sample
+    real = workers.runner.Drawing
 
     def sample(logits: Any, *arguments: Any) -> Any:
         logits[:] = math.nan
         return real(logits, *arguments)
 
     with serve(demo, config()) as served:
-        patch.setattr(workers.engine, "sample", sample)
+        patch.setattr(workers.runner, "Drawing", sample)
         yield served
 
 

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 from torch import Tensor
 
-import workers.engine
+import workers.runner
 from cluster.config import ClusterConfig, ConfigError, GatewaySection
 from cluster.gateway.errors import Overloaded
 from cluster.gateway.server import GatewayServer
@@ -145,7 +145,7 @@ def test_an_engine_that_fails_again_and_again_is_not_ready(
 def test_logits_that_are_no_numbers_are_the_fault_of_their_request_alone(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = workers.engine.sample
+    real = workers.runner.Drawing
 
     def poisoned(logits: Tensor, rows: list[SampleRow]) -> Any:
         """As if the model had gone wrong for the request that counts log-probabilities."""
@@ -157,7 +157,7 @@ def test_logits_that_are_no_numbers_are_the_fault_of_their_request_alone(
     bad = {"model": "demo", "messages": HARBOR, "max_tokens": 20, "logprobs": True}
     good = {**ENDLESS, "stream": False, "max_tokens": 20}
     with monkeypatch.context() as patch, ThreadPoolExecutor() as threads:
-        patch.setattr(workers.engine, "sample", poisoned)
+        patch.setattr(workers.runner, "Drawing", poisoned)
         for _ in range(4):
             answers = [threads.submit(served.post, body) for body in (good, bad, good)]
             codes = [answer.result().status_code for answer in answers]
@@ -220,7 +220,8 @@ def test_what_the_server_says_of_itself(served: Served) -> None:
         page = client.get("/metrics").text
     assert 'eightfold_requests_total{outcome="ok",protocol="http"}' in page
     assert "eightfold_time_to_first_token_seconds_bucket" in page
-    assert 'eightfold_pages{state="all"} 1024.0' in page
+    pages = [line for line in page.splitlines() if line.startswith("eightfold_worker_pages{")]
+    assert sum(float(line.split()[1]) for line in pages) == 1024
     unknown = next(line for line in page.splitlines() if line.startswith("eightfold_unknown_fields_total"))
     assert float(unknown.split()[1]) >= 1
 
