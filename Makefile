@@ -43,8 +43,9 @@ check: $(VENV)
 bench: $(VENV)
 	$(BIN)/python -m benchmarks.generate
 
-## render the examples for Kubernetes anew
+## render the examples for Kubernetes, and the dashboard, anew
 manifests: $(VENV)
+	$(BIN)/python -m cluster.monitoring.dashboard manifests/monitoring/grafana-dashboard.json
 	for file in manifests/kubernetes/*.yaml; do $(BIN)/eightfold render $$file --out $${file%.yaml} || exit 1; done
 
 ## generate the gRPC stubs anew

@@ -17,6 +17,7 @@ _COMMANDS = {
     "serve": "serve a model over HTTP and gRPC",
     "gateway": "serve a cluster that others started over HTTP and gRPC",
     "render": "write what Kubernetes needs to run a description",
+    "doctor": "look for what would keep a description from being served on this machine",
     "status": "say what a running cluster is doing",
     "bench": "put a server under load and measure its answers",
     "chat": "talk to a model in the terminal",
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         "serve": _add_serve,
         "gateway": _add_gateway,
         "render": _add_render,
+        "doctor": _add_doctor,
         "status": _add_status,
         "bench": add_bench_options,
         "chat": _add_chat,
@@ -93,6 +95,17 @@ def _add_gateway(parser: argparse.ArgumentParser) -> None:
 def _add_render(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="description of the cluster")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory for the manifests")
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config",
+        type=Path,
+        nargs="?",
+        metavar="CONFIG.yaml",
+        help="description of the cluster; without one what `serve` runs without one",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON array instead of lines")
 
 
 def _add_status(parser: argparse.ArgumentParser) -> None:

@@ -301,8 +301,11 @@ class AttentionWorker:
             hit_tokens=engine.num_hit_tokens,
             prompt_tokens=engine.num_prompt_tokens,
             dispatched=dispatch.tokens,
-            copies=dispatch.copies,
+            copies_to=tuple(sorted(dispatch.copies_to.items())),
             most_nodes=dispatch.most_nodes,
             sent_pages=self._sender.num_pages,
+            sent_bytes=self._sender.num_bytes,
+            hand_overs=self._sender.num_adopted,
+            hand_over_seconds=self._sender.seconds,
             stray=self._receiver.num_stray,
         )

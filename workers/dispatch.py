@@ -11,7 +11,8 @@ Shapes: T tokens, D width, t tokens that one worker gets.
 """
 
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -73,13 +74,21 @@ class PlacementSource(Protocol):
 
 @dataclass
 class DispatchStats:
-    """What was sent since the start. `copies` / `tokens` is the traffic that node-limited routing saves."""
+    """What was sent since the start. `copies` / `tokens` is the traffic that node-limited routing saves.
+
+    `copies_to` counts by worker: how evenly the experts' load lies.
+    """
 
     layers: int = 0
     tokens: int = 0
-    copies: int = 0
+    copies_to: Counter[str] = field(default_factory=Counter)
     most_nodes: int = 0  # of one token
     retries: int = 0
+
+    @property
+    def copies(self) -> int:
+        """To all workers together."""
+        return self.copies_to.total()
 
 
 @dataclass
@@ -229,7 +238,7 @@ class RemoteExperts:
         except BaseException:
             del self._pending[pending.sequence]
             raise
-        self.stats.copies += sum(len(rows) for _, rows in lists)
+        self.stats.copies_to.update({share.peer: len(rows) for share, rows in lists})
         self.stats.most_nodes = max(self.stats.most_nodes, most_nodes)
 
     def _send(self, share: ExpertShare, tensors: tuple[Tensor, ...], epoch: int, pending: PendingSum) -> None:

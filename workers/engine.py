@@ -163,6 +163,7 @@ class Engine:
             parked=len(self._parked),
             free_pages=self.pool.num_free,
             num_pages=self.pool.num_pages,
+            cached_pages=self.pool.num_cached,
             queued_tokens=sum(len(waiting.request.prompt_ids) for waiting in self._waiting)
             + sum(sequence.num_pending for sequence in prefilling),
         )

@@ -13,6 +13,7 @@ class WorkerLoad:
         parked: sequences that hold pages and do not run: reserved ones, and ones to be handed over.
         free_pages: pages that can be taken.
         num_pages: all pages.
+        cached_pages: those of the free ones that hold a prefix, which would be forgotten.
         queued_tokens: tokens of prompts that have not been run.
     """
 
@@ -21,4 +22,5 @@ class WorkerLoad:
     parked: int = 0
     free_pages: int = 0
     num_pages: int = 0
+    cached_pages: int = 0
     queued_tokens: int = 0

@@ -1,6 +1,7 @@
 """The prefill side of a hand-over (`handoff.py`): pushes pages, layer by layer and chunk by chunk."""
 
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,10 @@ _CONNECT_SECONDS = 1.0
 
 @dataclass
 class Handoff:
-    """A sequence on its way out. `sent` counts the pages that have left, by layer; `way` is where they go."""
+    """A sequence on its way out. `sent` counts the pages that have left, by layer; `way` is where they go.
+
+    `drawn` is when its first token was there, on `time.perf_counter()`.
+    """
 
     request: Request
     client: str
@@ -38,6 +42,7 @@ class Handoff:
     lease: int | None = None
     way: "PageWay | None" = None
     first: Token | None = None
+    drawn: float = 0.0
     sent: list[int] = field(default_factory=list)
     is_complete: bool = False
 
@@ -68,6 +73,7 @@ class PageSender:
         self._handoffs: dict[str, Handoff] = {}
         self._targets: dict[str, Address] = {}  # where we connected, by name
         self.num_pages = 0  # sent, each layer's counted
+        self.num_adopted, self.seconds = 0, 0.0  # sequences, and from their first tokens until then
 
     def __contains__(self, uid: str) -> bool:
         return uid in self._handoffs
@@ -100,7 +106,7 @@ class PageSender:
         if token.finish_reason:
             self.cancel(token.uid)
             return
-        handoff.first = token
+        handoff.first, handoff.drawn = token, time.perf_counter()
         if handoff.lease is not None and not handoff.expiry.is_over:
             self._renew(handoff)
             self._complete(handoff)
@@ -109,13 +115,22 @@ class PageSender:
         """The other side has everything: our copy is worth no more than any cached page."""
         if not self._goes_to(peer, uid):
             return False
-        del self._handoffs[uid]
+        handoff = self._handoffs.pop(uid)
+        if handoff.first:
+            self.num_adopted += 1
+            self.seconds += time.perf_counter() - handoff.drawn
         self._engine.cancel(uid)
         return True
 
     def dropped(self, peer: Peer, drop: Drop) -> list[Lapse]:
         """The other side gives up."""
         return [self._give_up(drop.uid, drop.why)] if self._goes_to(peer, drop.uid) else []
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the pages that were sent; those of all layers are alike."""
+        pages = self._cache.layers[0]
+        return self.num_pages * (pages.latents[0].nbytes + pages.index_keys[0].nbytes)
 
     @property
     def is_busy(self) -> bool:

@@ -85,8 +85,11 @@ class WorkerStatus:
         keys_added, keys_removed: pages that can be shared from now on, or no longer, as `short_key`s.
         is_full: `keys_added` is everything there is; forget what was said before.
         drafted, accepted: drafts judged and accepted since the start, by position.
+        dispatched, copies_to: tokens sent to experts, once a layer, and copies of them by expert worker.
         most_nodes: expert nodes that one token was sent to at most.
-        sent_pages: pages of single layers that were handed over.
+        sent_pages, sent_bytes: pages of single layers that were handed over, and their size.
+        hand_overs, hand_over_seconds: sequences handed over, and the time from the first token of each until
+            the other side had adopted it, all together.
         stray: messages with pages that came after their lease was over, and were dropped.
     """
 
@@ -104,10 +107,18 @@ class WorkerStatus:
     prompt_tokens: int = 0
     epoch: int = 0
     dispatched: int = 0
-    copies: int = 0
+    copies_to: tuple[tuple[str, int], ...] = ()
     most_nodes: int = 0
     sent_pages: int = 0
+    sent_bytes: int = 0
+    hand_overs: int = 0
+    hand_over_seconds: float = 0.0
     stray: int = 0
+
+    @property
+    def copies(self) -> int:
+        """Copies sent to all expert workers together."""
+        return sum(count for _, count in self.copies_to)
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def _ready(gateway: Gateway) -> Response:
 
 
 def _metrics(gateway: Gateway) -> Response:
-    page = gateway.metrics.page(gateway.backend.load(), gateway.backend.parts())
+    page = gateway.metrics.page(ClusterStatus.of(gateway))
     return Response(page, headers={"content-type": CONTENT_TYPE})
 
 

@@ -30,7 +30,7 @@ def oracle_prompt(name: str) -> dict:
     return next(prompt for prompt in prompts if prompt["name"] == name)
 
 
-@pytest.mark.parametrize("name", ["", "chat", "generate", "logits", "inspect"])
+@pytest.mark.parametrize("name", ["", "chat", "doctor", "generate", "logits", "inspect"])
 def test_help_loads_nothing_heavy(name: str) -> None:
     """Help must come at once, so it may not import torch and its like."""
     code = (

@@ -39,7 +39,7 @@ def test_json_is_the_whole_value(served: Served, capsys: pytest.CaptureFixture[s
 
 def test_metrics_tell_of_workers_too(served: Served) -> None:
     page = httpx2.get(f"{served.url}/metrics", trust_env=False).text
-    assert 'eightfold_drafts_total{place="1",state="accepted",worker="engine"}' in page
+    assert 'eightfold_worker_drafts_total{place="1",role="decode",state="accepted",worker="engine"}' in page
     assert 'eightfold_worker_tokens_total{role="decode",worker="engine"}' in page
 
 

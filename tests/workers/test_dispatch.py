@@ -47,6 +47,19 @@ def test_a_split_changes_no_bit(num_workers: int, num_tokens: int) -> None:
         assert stats.most_nodes <= min(num_workers, 4)
 
 
+def test_copies_are_counted_by_worker() -> None:
+    x, plan = rows(33)
+    with thread_pool(8) as pool:
+        pool.experts.forward(LAYER, x, plan)
+        shares = pool.source.placement.shares
+        counted = dict(pool.experts.stats.copies_to)
+    config = Checkpoint.open(DEMO).config
+    groups = plan.experts // (config.n_routed_experts // config.n_group)
+    held = {share.peer: torch.tensor(list(share.groups)) for share in shares}
+    expected = {peer: int(torch.isin(groups, own).any(dim=1).sum()) for peer, own in held.items()}
+    assert counted == {peer: count for peer, count in expected.items() if count}
+
+
 def test_hidden_states_of_the_demo() -> None:
     """The whole model with its experts here, in 1, 2, 4 and 8 threads, and in 2 processes."""
     checkpoint = Checkpoint.open(DEMO)

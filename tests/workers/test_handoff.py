@@ -139,6 +139,10 @@ def test_choices_compute_their_common_pages_once(demo: LocalModel, oracle) -> No
     assert prefill.engine.num_prompt_tokens == 4 * len(prompt)
     assert prefill.engine.num_hit_tokens == 3 * known * PAGE_SIZE
     assert status.sent_pages == demo.config.num_hidden_layers * (pages_for(len(prompt)) + 3)
+    slot_bytes = (demo.config.latent_dim + demo.config.index_head_dim) * 4
+    assert status.sent_bytes == status.sent_pages * PAGE_SIZE * slot_bytes
+    assert status.hand_overs == len(uids)
+    assert 0 < status.hand_over_seconds < 60 * len(uids)
     expected = alone(
         demo, *(Request(uid, prompt, SamplingParams(max_tokens=3, seed=1, n=4, ignore_eos=True), choice=i)
                 for i, uid in enumerate(uids))
