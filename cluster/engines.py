@@ -6,6 +6,7 @@ gateway talks to the attention actors themselves.
 
 import logging
 import threading
+import time
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 START_SECONDS = 120.0  # for a process that imports torch and reads its weights, on a busy machine
 CALL_SECONDS = 10.0
 _REGISTER_SECONDS = 0.5
+_DRAIN_MARGIN_SECONDS = 10.0  # from the end of the longest request to that of its worker
 _STARTS = 2  # that may fail before a replica's failure is its deployment's
 
 
@@ -36,6 +38,8 @@ class EngineReplica:
         self._members: list[_Member] = []
         self._failure: Exception | None = None
         self._stopping = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._drain_seconds = config.gateway.limits.total_seconds
         self._name = serve.get_replica_context().replica_id.unique_id
         supervisor = the_supervisor()
         secrets: Secrets = ray.get(supervisor.secrets.remote(), timeout=START_SECONDS)
@@ -63,9 +67,28 @@ class EngineReplica:
             raise self._failure
 
     def __del__(self) -> None:
+        """Serve calls this when the replica is to end, and waits for it no longer than it was told."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
+        if self._keeper:
+            self._keeper.join()
+            self._drain()
         for member in self._members:
             ray.kill(member.actor)
+
+    def _drain(self) -> None:
+        """Until the actors run nothing and nobody would send them anything."""
+        for member in self._members:
+            member.actor.leave.remote()
+        deadline = time.monotonic() + self._drain_seconds
+        while time.monotonic() < deadline and not all(member.has_left() for member in self._members):
+            self._try_to_register()
+            time.sleep(_REGISTER_SECONDS)
+        try:
+            ray.get(the_supervisor().unregister.remote(self._name), timeout=CALL_SECONDS)
+        except (ray.exceptions.RayError, ValueError):  # it forgets who is silent
+            _log.warning("engine %s could not unregister", self._name)
 
     def _keep(self) -> None:
         """Register again and again, and replace actors that died."""
@@ -73,10 +96,13 @@ class EngineReplica:
             for index, member in enumerate(self._members):
                 if member.is_dead():
                     self._replace(index)
-            try:
-                self._register()
-            except (ray.exceptions.RayError, ValueError) as error:  # the supervisor starts anew, or is slow
-                _log.warning("engine %s cannot register yet: %s", self._name, type(error).__name__)
+            self._try_to_register()
+
+    def _try_to_register(self) -> None:
+        try:
+            self._register()
+        except (ray.exceptions.RayError, ValueError) as error:  # the supervisor starts anew, or is slow
+            _log.warning("engine %s cannot register yet: %s", self._name, type(error).__name__)
 
     def _replace(self, index: int) -> None:
         name = self._configs[index].name
@@ -119,6 +145,15 @@ class _Member:
         """A call that is pending for as long as the actor lives has ended."""
         return bool(ray.wait([self._witness], timeout=0)[0])
 
+    def has_left(self) -> bool:
+        """Whether nobody misses it when it ends: it was told to leave and all have noted, or it is dead."""
+        if self.is_dead() or not self.place():
+            return True
+        try:
+            return bool(ray.get(self.actor.has_left.remote(), timeout=CALL_SECONDS))
+        except ray.exceptions.RayError:  # it is slow, or dies
+            return False
+
     def place(self) -> tuple[Address, Place] | None:
         """Where it is reached and where it runs; None while it starts, or if it died."""
         if len(ray.wait(self.start, num_returns=len(self.start), timeout=0)[0]) < len(self.start):
@@ -160,6 +195,7 @@ def deployment(role: Role, config: ClusterConfig) -> serve.Application:
         name=role,
         num_replicas=section.engines,
         health_check_period_s=2,
+        graceful_shutdown_timeout_s=config.gateway.limits.total_seconds + _DRAIN_MARGIN_SECONDS,
         max_constructor_retry_count=_STARTS,  # of 20 the user would wait for the end
         ray_actor_options=options,
     )

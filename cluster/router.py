@@ -7,7 +7,7 @@ decoded it; if only little is new, that worker runs all of it, and no page moves
 
 The router knows what workers tell several times a second, and what it has sent since. A decode worker hears
 of a sequence only when its prefill starts, so its pages count here until its tokens come (`settle`). Among
-equals, workers take turns.
+equals, workers take turns. A worker that says it leaves is chosen no more.
 """
 
 import time
@@ -57,6 +57,12 @@ class _Known:
     coming: dict[str, int] = field(default_factory=dict)
     promised: dict[str, frozenset[str]] = field(default_factory=dict)
     num_chosen: int = 0
+    has_told: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests may be sent to it: it has said that it is there, and not that it leaves."""
+        return self.has_told and not self.status.leaving
 
     @property
     def queued_tokens(self) -> int:
@@ -98,8 +104,8 @@ class Router:
 
     @property
     def is_complete(self) -> bool:
-        """Whether there are workers of both roles."""
-        return {known.role for known in self._workers.values()} == {"prefill", "decode"}
+        """Whether there are workers of both roles that stay."""
+        return {known.role for known in self._workers.values() if known.is_open} == {"prefill", "decode"}
 
     @property
     def statuses(self) -> dict[str, WorkerStatus]:
@@ -118,7 +124,7 @@ class Router:
         """Take note of what a worker says of itself."""
         if (known := self._workers.get(name)) is None:
             return
-        known.status = status
+        known.status, known.has_told = status, True
         if status.is_full:
             known.keys = set()
         known.keys.difference_update(status.keys_removed)
@@ -171,7 +177,7 @@ class Router:
         return min(self._of("decode"), key=fill)
 
     def _of(self, role: Role) -> list[_Known]:
-        found = [known for known in self._workers.values() if known.role == role]
+        found = [known for known in self._workers.values() if known.role == role and known.is_open]
         if not found:
             raise NoRoute(f"there is no {role} worker")
         return found

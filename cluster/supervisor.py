@@ -71,6 +71,11 @@ class Supervisor:
             self._engines[engine] = _Engine(workers, time.monotonic())
             self._forget_silent()
 
+    def unregister(self, engine: str) -> None:
+        """An engine ends."""
+        with self._lock:
+            self._forget(engine)
+
     def directory(self) -> Directory:
         """Who is there now."""
         with self._lock:

@@ -24,7 +24,7 @@ from workers.transport.config import EndpointConfig
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.message import TransportError
 from workers.transport.protocol import Address, Deadline
-from workers.wire import Role
+from workers.wire import Role, WorkerStatus
 
 if TYPE_CHECKING:
     from workers.page_ways import Ways
@@ -224,6 +224,18 @@ class AttentionActor:
         """Dispatch by this placement from the next layer on."""
         self._placement = placement
         self._is_placed.set()
+
+    def status(self) -> WorkerStatus:
+        """What it tells gateways, without the keys of its pages."""
+        return self._worker.status
+
+    def leave(self) -> None:
+        """Take part in nothing new; what runs goes on."""
+        self._worker.leave()
+
+    def has_left(self) -> bool:
+        """Whether it can be ended without anybody missing it."""
+        return self._worker.has_left
 
     def current(self) -> ExpertPlacement:
         """The newest placement, for the dispatcher."""

@@ -7,8 +7,9 @@ both; what a request asks for decides (`wire.Generate`).
 
 import logging
 import threading
+import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from model.errors import RequestError
@@ -88,10 +89,28 @@ class AttentionWorker:
         self._clients: dict[str, str] = {}  # uid -> who reads its tokens
         self._deadlines: dict[str, Deadline] = {}
         self._watchers: set[str] = set()
+        self._is_leaving = False
         self._next_status = Deadline.after(0)
         self._failures = 0
         self._is_stuck = False  # requests wait, and only mail or a lease that ends can help them
+        self._busy_seconds = self._decode_seconds = 0.0
+        self._decode_tokens = 0
         engine.pool.watch()
+        self.status = self._status(
+            False, [], []
+        )  # replaced several times a second, for who asks from outside
+
+    def leave(self) -> None:
+        """Say from now on that nothing new is to be sent here; what comes nevertheless is run. For any thread."""
+        self._is_leaving = True
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it was told to leave and all who could send it anything have taken note. For any thread.
+
+        A gateway disconnects from a worker that leaves as soon as none of its requests needs it any more.
+        """
+        return self.status.leaving and not self._watchers
 
     def serve(self, stop: threading.Event) -> None:
         """Work until told to stop.
@@ -114,6 +133,7 @@ class AttentionWorker:
             self._ways.close()
 
     def _step(self) -> None:
+        started = time.perf_counter()
         try:
             tokens = self._engine.step(self._sender.on_layer)
         except NumericalFailure as error:
@@ -132,7 +152,14 @@ class AttentionWorker:
         else:
             self._failures = 0
             self._is_stuck = not tokens and not self._engine.running_uids
+            self._count(tokens, 0.0 if self._is_stuck else time.perf_counter() - started)
             self._tell_tokens(tokens)
+
+    def _count(self, tokens: list[Token], seconds: float) -> None:
+        self._busy_seconds += seconds
+        if self._config.role == "decode" and tokens:
+            self._decode_seconds += seconds * len({token.uid for token in tokens})
+            self._decode_tokens += len(tokens)
 
     # Mail
 
@@ -279,9 +306,11 @@ class AttentionWorker:
     def _tell_status(self) -> None:
         self._next_status = Deadline.after(_STATUS_SECONDS)
         added, removed = self._engine.pool.take_changes()
+        told = self._status(False, added, removed)
+        self.status = replace(told, keys_added=(), keys_removed=())
         if not self._watchers:
             return
-        message = pack(Kind.STATUS, self._status(False, added, removed))
+        message = pack(Kind.STATUS, told)
         for peer in sorted(self._watchers):
             self._send(peer, message)
 
@@ -308,4 +337,8 @@ class AttentionWorker:
             hand_overs=self._sender.num_adopted,
             hand_over_seconds=self._sender.seconds,
             stray=self._receiver.num_stray,
+            leaving=self._is_leaving,
+            busy_seconds=self._busy_seconds,
+            decode_seconds=self._decode_seconds,
+            decode_tokens=self._decode_tokens,
         )

@@ -91,6 +91,10 @@ class WorkerStatus:
         hand_overs, hand_over_seconds: sequences handed over, and the time from the first token of each until
             the other side had adopted it, all together.
         stray: messages with pages that came after their lease was over, and were dropped.
+        leaving: it is to be sent nothing new, and ends once nobody needs it.
+        busy_seconds: spent in steps.
+        decode_seconds: the same, once for each sequence that decoded in a step.
+        decode_tokens: tokens that those sequences got.
     """
 
     role: Role
@@ -114,6 +118,10 @@ class WorkerStatus:
     hand_overs: int = 0
     hand_over_seconds: float = 0.0
     stray: int = 0
+    leaving: bool = False
+    busy_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
 
     @property
     def copies(self) -> int:

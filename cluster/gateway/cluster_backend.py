@@ -112,6 +112,7 @@ class ClusterBackend:
         self._streams: dict[str, ClusterStream] = {}
         self._met: dict[str, _Met] = {}
         self._retry: dict[Address, Deadline] = {}  # workers that could not be reached
+        self._left: set[Address] = set()  # workers that leave and that we have parted from
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -284,13 +285,26 @@ class ClusterBackend:
             if self._read():  # whoever is taken for silent has said nothing that we have not heard
                 for name in [name for name, met in self._met.items() if met.silent_until.is_over]:
                     self._lose(name, f"it said nothing for {self._limits.silence_seconds} s")
+            self._part()
             self._meet(self.directory.workers)
             self._read()
             await asyncio.sleep(_DIRECTORY_SECONDS)
 
+    def _part(self) -> None:
+        """Disconnect from workers that leave, once nothing here needs them: by that they know they may end."""
+        self._left &= {entry.address for entry in self.directory.workers}
+        needed = {name for stream in self._streams.values() for name in stream.needs}
+        leaving = {name for name, status in self._router.statuses.items() if status.leaving}
+        for name in leaving - needed:
+            self._left.add(self._met.pop(name).address)
+            self._router.leave(name)
+            self._endpoint.disconnect(name)
+
     def _meet(self, workers: Iterable[WorkerEntry]) -> None:
         for entry in workers:
             address, name = entry.address, entry.address.name
+            if address in self._left:
+                continue
             if met := self._met.get(name):
                 if met.address == address and name in self._endpoint.peers:
                     continue

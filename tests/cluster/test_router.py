@@ -135,6 +135,7 @@ def test_reports_add_and_remove_keys_and_full_ones_replace_them() -> None:
     tell(router, "prefill-0", full=True)
     assert hit() == 0
     router.join(Address("prefill-0"), "prefill")  # its successor
+    tell(router, "prefill-0", full=True)
     assert hit() == 0
 
 
@@ -170,11 +171,34 @@ def test_decode_goes_where_the_larger_share_of_pages_stays_free() -> None:
     assert decode_of(router.choose(ask(prompt))) == "decode-1"
 
 
-def test_a_decode_worker_of_which_nothing_is_known_comes_last() -> None:
+def test_a_worker_of_which_nothing_is_known_is_not_chosen() -> None:
     router = a_router(1, 1)
     tell(router, "decode-0", used=900)
     router.join(Address("decode-9"), "decode")
     assert decode_of(router.choose(ask((1,)))) == "decode-0"
+    router.leave("decode-0")
+    assert not router.is_complete
+    tell(router, "decode-9", full=True)
+    assert decode_of(router.choose(ask((1,)))) == "decode-9"
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_leaves_is_chosen_no_more_even_where_all_pages_lie(role: Role) -> None:
+    prompt = tuple(range(300))
+    router = a_router()
+    name = f"{role}-0"
+    tell(router, name, added=keys_of(prompt, 4))
+    route = router.choose(ask(prompt))
+    assert name in (route.first, decode_of(route))
+    router.report(name, WorkerStatus(role, WorkerLoad(num_pages=1000), leaving=True))
+    for i in range(4):
+        route = router.choose(ask(prompt, uid=f"{i}"))
+        assert name not in (route.first, decode_of(route))
+    assert router.is_complete
+    router.report(f"{role}-1", WorkerStatus(role, WorkerLoad(num_pages=1000), leaving=True))
+    assert not router.is_complete
+    with pytest.raises(NoRoute):
+        router.choose(ask(prompt))
 
 
 def test_equal_requests_spread_evenly_with_no_reports_in_between() -> None:
@@ -244,10 +268,7 @@ def test_pages_count_from_the_choice_until_their_tokens_come(monkeypatch) -> Non
 
 def test_choices_of_one_prompt_go_where_the_first_went() -> None:
     """Idle workers would each compute the prompt; the one that has begun it lets the others share."""
-    router = Router(HASHER, 0)
-    for name in ("p1", "p2"):
-        router.join(Address(name), "prefill")
-    router.join(Address("d"), "decode")
+    router = a_router(2, 1, local=0)
     prompt = tuple(range(700))
     routes = [
         router.choose(Request(f"r-{choice}", prompt, SamplingParams(max_tokens=4), choice=choice))

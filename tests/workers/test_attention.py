@@ -263,3 +263,52 @@ def test_a_client_that_does_not_read_is_cut_off_and_others_go_on(demo: LocalMode
             assert reader.answers("s")["s"][:8] == oracle["code"].output_ids[:8]
             reader.tokens.clear()
         assert deaf.is_cut_off()
+
+
+def test_a_worker_that_leaves_says_so_and_goes_on_until_its_watchers_are_gone(
+    demo: LocalModel, oracle
+) -> None:
+    with (
+        running(demo, "prefill", "prefill") as prefill,
+        running(demo, "decode", "decode") as decode,
+        client("one") as one,
+        client("two") as two,
+    ):
+        for reader in (one, two):
+            reader.meet(prefill, decode)
+            for worker in (prefill, decode):
+                reader.watch(worker)
+                assert not reader.read_status(worker).leaving
+        one.generate(Request("before", oracle["code"].prompt_ids, greedy()), prefill, decode)
+        for worker in (prefill, decode):
+            worker.worker.leave()
+            one.read_until(lambda worker=worker: one.status[worker.name].leaving)
+        # Sent by somebody who has not heard of it: it is run all the same.
+        one.generate(Request("after", oracle["chat"].prompt_ids, greedy()), prefill, decode)
+        answers = one.answers("before", "after")
+        assert answers == {"before": oracle["code"].output_ids, "after": oracle["chat"].output_ids}
+        for worker in (prefill, decode):
+            assert not worker.worker.has_left
+            one.endpoint.disconnect(worker.name)
+        soon(lambda: prefill.worker._watchers == decode.worker._watchers == {"two"})
+        assert not prefill.worker.has_left
+        two.endpoint.disconnect("prefill")
+        soon(lambda: prefill.worker.has_left)
+        assert not decode.worker.has_left
+
+
+def test_a_worker_counts_what_its_tokens_took(demo: LocalModel, oracle) -> None:
+    with (
+        running(demo, "prefill", "prefill") as prefill,
+        running(demo, "decode", "decode") as decode,
+        client() as reader,
+    ):
+        reader.meet(prefill, decode)
+        for name in ("code", "chat"):
+            reader.generate(Request(name, oracle[name].prompt_ids, greedy(20)), prefill, decode)
+        reader.answers("code", "chat")
+        soon(lambda: decode.worker.status.decode_tokens == 2 * 19)
+        told = decode.worker.status
+        assert 0 < told.busy_seconds <= told.decode_seconds <= 2 * told.busy_seconds
+        assert prefill.worker.status.decode_tokens == 0
+        soon(lambda: prefill.worker.status.busy_seconds > 0)

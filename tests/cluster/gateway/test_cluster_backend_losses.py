@@ -22,10 +22,12 @@ from tests.cluster.gateway.backends import (
     started,
 )
 from tests.workers.workers import running, stranger
+from workers.load import WorkerLoad
 from workers.local import LocalModel
 from workers.sequence import Request
 from workers.transport.message import Message
 from workers.transport.protocol import Deadline
+from workers.wire import Kind, Role, WorkerStatus, pack
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,7 @@ def test_a_silent_worker_is_taken_for_dead(demo: LocalModel, oracle) -> None:
         async with started(demo, listed, BackendLimits(silence_seconds=1.0)) as backend:
             listed.entries["silent"] = "decode", silent.endpoint.address
             await eventually(lambda: "silent" in backend.statuses)
+            await eventually(lambda: backend.statuses["silent"].load.num_pages == 256)
             greeting.set()
             greeter.join()
             del listed.entries["decode"]
@@ -167,6 +170,10 @@ def test_a_silent_worker_is_taken_for_dead(demo: LocalModel, oracle) -> None:
         greeting = threading.Event()
 
         def greet() -> None:
+            while "gateway" not in silent.endpoint.peers:
+                silent.endpoint.pump(0.01)
+            told = pack(Kind.STATUS, WorkerStatus("decode", WorkerLoad(free_pages=256, num_pages=256)))
+            silent.endpoint.send("gateway", told, Deadline.after(5))
             while not greeting.is_set():
                 silent.endpoint.pump(0.01)
 
@@ -234,3 +241,38 @@ def test_a_worker_that_sends_nonsense_is_left(demo: LocalModel) -> None:
         speaker.start()
         run(work())
         speaker.join()
+
+
+def test_workers_that_leave_finish_what_they_run_and_are_parted_from(demo: LocalModel, oracle) -> None:
+    """Open requests go on, new ones go to others, and the connections end once nothing needs them."""
+
+    async def work() -> None:
+        async with started(demo, listed) as backend:
+            old = await backend.generate(Request("old", oracle["code"].ids, greedy(300)))
+            await anext(old)
+            successors = [stack.enter_context(running(demo, f"{role}2", role)) for role in roles]
+            for role, successor in zip(roles, successors, strict=True):
+                listed.add(role, successor)
+            await eventually(lambda: len(backend.statuses) == 4)
+            for worker in (prefill, decode):
+                worker.worker.leave()
+            await eventually(lambda: prefill.worker.has_left)  # nothing of it is needed any more
+            assert not decode.worker.has_left
+            new = await backend.generate(Request("new", oracle["chat"].ids, greedy(8)))
+            assert (new.first, new.decode) == ("prefill2", "decode2")
+            assert await read(new) == oracle["chat"].answer[:8]
+            assert len(await read(old)) == 299
+            await eventually(lambda: decode.worker.has_left)
+            await asyncio.sleep(1.2)  # the directory lists them still: nobody connects again
+            assert prefill.worker.has_left
+            assert decode.worker.has_left
+            assert set(backend.statuses) == {"prefill2", "decode2"}
+
+    roles: tuple[Role, ...] = ("prefill", "decode")
+    with ExitStack() as stack:
+        listed = Listed()
+        prefill = stack.enter_context(running(demo, "prefill", "prefill"))
+        decode = stack.enter_context(running(demo, "decode", "decode"))
+        listed.add("prefill", prefill)
+        listed.add("decode", decode)
+        run(work())
