@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from cluster.autoscaling import AutoscaleSection
 from cluster.demo import DEMO
 from cluster.gateway.core import Budgets
 from cluster.gateway.http_guard import HttpLimits
@@ -150,14 +151,27 @@ class RoleSection(_Section):
     """The engines of one role, each a Serve replica with attention actors of its own.
 
     `tokens` is the room in the pages of one actor; None is eight times the model's context. With
-    `device: cuda` each actor takes `gpus`: one, or less than one where actors share it.
+    `device: cuda` each actor takes `gpus`: one, or less than one where actors share it. With `autoscale`
+    there are `engines` at first and at least.
     """
 
     engines: Count = 1
+    autoscale: AutoscaleSection | None = None
     attention_actors: Count = 1
     gpus: Gpus = 1.0
     tokens: Count | None = None
     node_labels: dict[str, str] = {}
+
+    @property
+    def most_engines(self) -> int:
+        """As many as there may ever be."""
+        return self.autoscale.max if self.autoscale else self.engines
+
+    @model_validator(mode="after")
+    def _most_is_not_less(self) -> "RoleSection":
+        if self.most_engines < self.engines:
+            raise ValueError(f"autoscale.max is {self.most_engines}; it is at least engines, {self.engines}")
+        return self
 
 
 class RouterSection(_Section):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.autoscaling import RoleScaling
 from workers.transport.protocol import Address
 from workers.wire import Role
 
@@ -31,11 +32,17 @@ class ExpertEntry:
 
 @dataclass(frozen=True)
 class Directory:
-    """The cluster at one moment. `epoch` is that of the expert placement, 0 where there is no pool."""
+    """The cluster at one moment.
+
+    Attributes:
+        epoch: that of the expert placement, 0 where there is no pool.
+        scaling: of each role whose engines come and go.
+    """
 
     epoch: int = 0
     workers: tuple[WorkerEntry, ...] = ()
     experts: tuple[ExpertEntry, ...] = ()
+    scaling: tuple[RoleScaling, ...] = ()
 
 
 class DirectorySource(Protocol):

@@ -11,15 +11,17 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from cluster.config import ClusterConfig, room
+from cluster.config import ClusterConfig, RoleSection, room
 from cluster.directory import WorkerEntry
 from cluster.ray_runtime import Place, own_host, place_of
-from cluster.supervisor import Secrets, the_supervisor
+from cluster.serve_policy import SupervisorPolicy
+from cluster.supervisor import NAME, NAMESPACE, Secrets, the_supervisor
 from model.config import ModelConfig
 from workers.actors import AttentionActor, AttentionActorConfig
 from workers.transport.protocol import Address
-from workers.wire import Role
+from workers.wire import Role, WorkerStatus
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +126,9 @@ class EngineReplica:
             for _, (address, place) in working.values()
         )
         actors = {name: member.actor for name, (member, _) in working.items()}
-        ray.get(the_supervisor().register.remote(self._name, entries, actors), timeout=CALL_SECONDS)
+        statuses = {name: status for name, (member, _) in working.items() if (status := member.status())}
+        told = the_supervisor().register.remote(self._name, entries, actors, statuses)
+        ray.get(told, timeout=CALL_SECONDS)
 
     def _start(self, config: AttentionActorConfig) -> Any:
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": self._gpus, "max_concurrency": 4}
@@ -140,6 +144,8 @@ class _Member:
         self.actor, self.has_worked = actor, False
         self.start = [actor.start.remote(), place_of(actor)]
         self._witness = actor.wait_until_stopped.remote()
+        self._status: WorkerStatus | None = None
+        self._asked: ray.ObjectRef[WorkerStatus] | None = None
 
     def is_dead(self) -> bool:
         """A call that is pending for as long as the actor lives has ended."""
@@ -153,6 +159,18 @@ class _Member:
             return bool(ray.get(self.actor.has_left.remote(), timeout=CALL_SECONDS))
         except ray.exceptions.RayError:  # it is slow, or dies
             return False
+
+    def status(self) -> WorkerStatus | None:
+        """What it said last, which is not waited for."""
+        if self._asked and ray.wait([self._asked], timeout=0)[0]:
+            try:
+                self._status = ray.get(self._asked)
+            except ray.exceptions.RayError:  # it dies, which is seen elsewhere
+                self._status = None
+            self._asked = None
+        if self._asked is None:
+            self._asked = self.actor.status.remote()
+        return self._status
 
     def place(self) -> tuple[Address, Place] | None:
         """Where it is reached and where it runs; None while it starts, or if it died."""
@@ -193,10 +211,26 @@ def deployment(role: Role, config: ClusterConfig) -> serve.Application:
         options["label_selector"] = section.node_labels
     make = serve.deployment(
         name=role,
-        num_replicas=section.engines,
+        **_number_of_replicas(role, section),
         health_check_period_s=2,
         graceful_shutdown_timeout_s=config.gateway.limits.total_seconds + _DRAIN_MARGIN_SECONDS,
         max_constructor_retry_count=_STARTS,  # of 20 the user would wait for the end
         ray_actor_options=options,
     )
     return make(EngineReplica).bind(role, config)
+
+
+def _number_of_replicas(role: Role, section: RoleSection) -> dict[str, Any]:
+    if not section.autoscale:
+        return {"num_replicas": section.engines}
+    names = {"role": role, "supervisor": NAME, "namespace": NAMESPACE}
+    policy = AutoscalingPolicy(policy_function=SupervisorPolicy, policy_kwargs=names)  # type: ignore[no-untyped-call]
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=section.engines,
+            max_replicas=section.autoscale.max,
+            policy=policy,
+            upscale_delay_s=0,  # whoever decides has waited as long as it should
+            downscale_delay_s=0,
+        )
+    }

@@ -13,10 +13,12 @@ from typing import Any
 
 import ray
 
+from cluster.autoscaling import Autoscaler
 from cluster.config import ClusterConfig
 from cluster.directory import Directory, WorkerEntry
 from cluster.expert_pool import ExpertPool
 from cluster.ray_runtime import own_host
+from workers.wire import Role, WorkerStatus
 
 NAME, NAMESPACE = "supervisor", "eightfold"
 
@@ -39,7 +41,12 @@ def new_secrets() -> Secrets:
 @dataclass
 class _Engine:
     workers: tuple[WorkerEntry, ...]
+    statuses: dict[str, WorkerStatus]
     heard: float
+
+    @property
+    def stays(self) -> bool:
+        return not any(status.leaving for status in self.statuses.values())
 
 
 class Supervisor:
@@ -47,17 +54,25 @@ class Supervisor:
 
     def __init__(self, config: ClusterConfig, secrets: Secrets) -> None:
         logging.basicConfig(level=logging.WARNING)
+        logging.getLogger("cluster.autoscaling").setLevel(logging.INFO)  # decisions and their reasons
         self._secrets = secrets
         self._lock = threading.Lock()
         self._engines: dict[str, _Engine] = {}
+        self._scalers = _scalers(config)
         self._pool = _expert_pool(config, secrets) if config.experts.placement == "pool" else None
 
     def secrets(self) -> Secrets:
         """For engines that start."""
         return self._secrets
 
-    def register(self, engine: str, workers: tuple[WorkerEntry, ...], actors: dict[str, Any]) -> None:
-        """An engine says, again and again, which workers it has; `actors` are theirs, by name.
+    def register(
+        self,
+        engine: str,
+        workers: tuple[WorkerEntry, ...],
+        actors: dict[str, Any],
+        statuses: dict[str, WorkerStatus],
+    ) -> None:
+        """An engine says, again and again, which workers it has; `actors` and `statuses` are theirs, by name.
 
         A worker is known to others only after it has learnt where the experts are.
         """
@@ -68,7 +83,7 @@ class Supervisor:
             if self._pool and entry not in known_workers:
                 self._pool.subscribe(entry.address.name, actors[entry.address.name])
         with self._lock:
-            self._engines[engine] = _Engine(workers, time.monotonic())
+            self._engines[engine] = _Engine(workers, statuses, time.monotonic())
             self._forget_silent()
 
     def unregister(self, engine: str) -> None:
@@ -81,9 +96,24 @@ class Supervisor:
         with self._lock:
             self._forget_silent()
             workers = tuple(entry for engine in self._engines.values() for entry in engine.workers)
+            scaling = tuple(scaler.shown() for scaler in self._scalers.values())
         if not self._pool:
-            return Directory(0, workers)
-        return Directory(self._pool.current().epoch, workers, self._pool.entries())
+            return Directory(0, workers, scaling=scaling)
+        return Directory(self._pool.current().epoch, workers, self._pool.entries(), scaling)
+
+    def want(self, role: Role, current: int) -> int:
+        """How many engines of a role there shall be, where there shall be `current` so far.
+
+        Serve's controller asks once a second (`serve_policy.py`).
+        """
+        with self._lock:
+            self._forget_silent()
+            engines = {
+                name: engine.statuses
+                for name, engine in self._engines.items()
+                if engine.stays and any(entry.role == role for entry in engine.workers)
+            }
+            return self._scalers[role].want(current, engines, time.monotonic(), time.time()).after
 
     def _forget_silent(self) -> None:
         horizon = time.monotonic() - _FORGET_SECONDS
@@ -95,6 +125,16 @@ class Supervisor:
         if known and self._pool:
             for entry in known.workers:
                 self._pool.unsubscribe(entry.address.name)
+
+
+def _scalers(config: ClusterConfig) -> dict[Role, Autoscaler]:
+    roles: tuple[Role, ...] = ("prefill", "decode")
+    sections = {role: config.role(role) for role in roles if config.is_disaggregated}
+    return {
+        role: Autoscaler(role, section.engines, section.autoscale)
+        for role, section in sections.items()
+        if section.autoscale
+    }
 
 
 def _expert_pool(config: ClusterConfig, secrets: Secrets) -> ExpertPool:

@@ -96,12 +96,10 @@ class AttentionWorker:
         self._busy_seconds = self._decode_seconds = 0.0
         self._decode_tokens = 0
         engine.pool.watch()
-        self.status = self._status(
-            False, [], []
-        )  # replaced several times a second, for who asks from outside
+        self.status = self._status(False, [], [])  # replaced several times a second
 
     def leave(self) -> None:
-        """Say from now on that nothing new is to be sent here; what comes nevertheless is run. For any thread."""
+        """Say that nothing new is to be sent here; what comes all the same is run. For any thread."""
         self._is_leaving = True
 
     @property
@@ -338,6 +336,7 @@ class AttentionWorker:
             hand_over_seconds=self._sender.seconds,
             stray=self._receiver.num_stray,
             leaving=self._is_leaving,
+            prefilled_tokens=engine.num_prefilled_tokens,
             busy_seconds=self._busy_seconds,
             decode_seconds=self._decode_seconds,
             decode_tokens=self._decode_tokens,

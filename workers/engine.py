@@ -115,6 +115,7 @@ class Engine:
         self._policy = DraftPolicy(config.num_drafts) if config.adapt else None
         self.num_drafts = config.num_drafts  # of the last step
         self.num_prompt_tokens = self.num_hit_tokens = 0  # of prompts that started; found in cached pages
+        self.num_prefilled_tokens = 0  # of prompts, computed
         self.num_steps = self.num_tokens = 0  # run; drawn
         self._eos_ids = frozenset({model.config.eos_token_id})
 
@@ -357,6 +358,8 @@ class Engine:
                 continue
             share = flight.batch.shares[i]
             sequence, start, valid = share.sequence, share.sequence.num_cached, share.num_known
+            if sequence.phase == "prefill":
+                self.num_prefilled_tokens += valid
             tokens = self._take_over(share, drawn, flight.places[i]) if flight.places[i] else []
             valid += max(0, len(tokens) - 1)
             sequence.num_cached += valid

@@ -92,6 +92,7 @@ class WorkerStatus:
             the other side had adopted it, all together.
         stray: messages with pages that came after their lease was over, and were dropped.
         leaving: it is to be sent nothing new, and ends once nobody needs it.
+        prefilled_tokens: of prompts, computed.
         busy_seconds: spent in steps.
         decode_seconds: the same, once for each sequence that decoded in a step.
         decode_tokens: tokens that those sequences got.
@@ -119,6 +120,7 @@ class WorkerStatus:
     hand_over_seconds: float = 0.0
     stray: int = 0
     leaving: bool = False
+    prefilled_tokens: int = 0
     busy_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_tokens: int = 0

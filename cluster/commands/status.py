@@ -2,11 +2,13 @@
 
 import json
 import sys
+import time
 import urllib.error
 import urllib.request
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from cluster.autoscaling import RoleScaling
 from cluster.cli import EXIT_FAILED
 from cluster.gateway.backend import WorkerReport
 from cluster.gateway.status import ClusterStatus
@@ -65,7 +67,20 @@ def as_text(status: ClusterStatus) -> str:
             for expert in parts.experts
         ]
         out += ["", f"experts, epoch {parts.epoch}", *_table([["actor", "groups", "node", "pid"], *rows])]
+    if parts.scaling:
+        out += ["", *_scaling(parts.scaling)]
     return "\n".join(out)
+
+
+def _scaling(roles: Sequence[RoleScaling]) -> list[str]:
+    rows = [[one.role, str(one.engines), str(one.wanted), f"{one.need:.2f}", one.why] for one in roles]
+    changes = sorted((change for one in roles for change in one.decisions), key=lambda change: change.at)
+    told = [
+        f"{time.strftime('%H:%M:%S', time.localtime(change.at))}  {change.role} from {change.before} "
+        f"to {change.after}: {change.why}"
+        for change in changes
+    ]
+    return [*_table([["scaling", "engines", "wanted", "needed", "because"], *rows]), *told]
 
 
 def _worker_row(worker: WorkerReport) -> list[str]:
@@ -73,7 +88,7 @@ def _worker_row(worker: WorkerReport) -> list[str]:
     used = load.num_pages - load.free_pages
     return [
         worker.name,
-        status.role,
+        f"{status.role}, leaving" if status.leaving else status.role,
         worker.node,
         str(worker.pid),
         f"{load.waiting} ({load.queued_tokens:,} tokens)" if load.waiting else "0",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from cluster.autoscaling import RoleScaling
 from cluster.directory import ExpertEntry
 from model.chat.encoding import ChatEncoding
 from model.config import ModelConfig
@@ -39,11 +40,17 @@ class WorkerReport:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the model runs on. `epoch` is that of the expert placement, 0 where experts are not apart."""
+    """What the model runs on.
+
+    Attributes:
+        epoch: that of the expert placement, 0 where experts are not apart.
+        scaling: of each role whose engines come and go.
+    """
 
     epoch: int
     workers: tuple[WorkerReport, ...]
     experts: tuple[ExpertEntry, ...]
+    scaling: tuple[RoleScaling, ...] = ()
 
 
 class TokenStream(Protocol):

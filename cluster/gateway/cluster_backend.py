@@ -210,7 +210,8 @@ class ClusterBackend:
             for entry in self.directory.workers
             if entry.address.name in statuses
         )
-        return Parts(self.directory.epoch, workers, self.directory.experts)
+        known = self.directory
+        return Parts(known.epoch, workers, known.experts, known.scaling)
 
     # What workers say
 
@@ -291,7 +292,7 @@ class ClusterBackend:
             await asyncio.sleep(_DIRECTORY_SECONDS)
 
     def _part(self) -> None:
-        """Disconnect from workers that leave, once nothing here needs them: by that they know they may end."""
+        """Disconnect from workers that leave, once nothing here needs them: so they know they may end."""
         self._left &= {entry.address for entry in self.directory.workers}
         needed = {name for stream in self._streams.values() for name in stream.needs}
         leaving = {name for name, status in self._router.statuses.items() if status.leaving}

@@ -4,6 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from cluster.autoscaling import AutoscaleSection
+from cluster.cli import main
 from cluster.commands.serve import EMBEDDED
 from cluster.config import ClusterConfig
 from tests.cluster.clusters import Cluster, running, wait_until
@@ -51,3 +53,27 @@ def test_an_engine_that_goes_finishes_its_streams_first() -> None:
         assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {LONG}
         wait_until(lambda: len(workers(cluster, "decode")) == 1, 30)
         assert cluster.complete((1, 2, 3), max_tokens=4).status_code == 200
+
+
+def test_engines_come_with_the_load_and_go_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """With an objective that no engine keeps each running sequence needs one."""
+    config = ClusterConfig.load(EMBEDDED)
+    assert config.decode
+    scale = AutoscaleSection(max=2, objective_seconds=1e-4, settle_seconds=6)
+    config = config.model_copy(update={"decode": config.decode.model_copy(update={"autoscale": scale})})
+    with running(config) as cluster, ThreadPoolExecutor(8) as threads:
+        assert len(workers(cluster, "decode")) == 1
+        load = [threads.submit(cluster.complete, (7 + i, 8), max_tokens=600) for i in range(4)]
+        wait_until(lambda: len(workers(cluster, "decode")) == 2, 60)
+        wait_until(lambda: len(cluster.backend.statuses) == 3, 10)
+        more = [threads.submit(cluster.complete, (70 + i, 8), max_tokens=20) for i in range(4)]
+        assert {one.result().status_code for one in (*load, *more)} == {200}
+        assert all(status.tokens for status in cluster.backend.statuses.values())  # the new one had some
+        wait_until(lambda: len(workers(cluster, "decode")) == 1, 60)
+        assert cluster.complete((1, 2, 3), max_tokens=4).status_code == 200
+        wait_until(lambda: len(cluster.backend.directory.scaling[0].decisions) == 2, 10)
+        assert main(["status", cluster.url]) == 0
+    told = capsys.readouterr().out
+    assert "decode from 1 to 2: " in told
+    assert "ms from token to token" in told
+    assert "decode from 2 to 1: 1 engine(s) bear all of the last 6 s" in told

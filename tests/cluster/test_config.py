@@ -59,6 +59,11 @@ def test_paths_start_from_the_file(tmp_path: Path) -> None:
         ("engine: {drafts: many}", "engine.drafts: is 'many'; it should be 0, 1, 2, 3 or 'auto'"),
         ("prefill: {engines: 1}", "decode is missing: give both prefill and decode, or neither"),
         ("decode: {engines: 0}\nprefill: {}", "decode.engines: is 0"),
+        (
+            "prefill: {}\ndecode: {engines: 3, autoscale: {max: 2, objective_seconds: 1}}",
+            "decode: autoscale.max is 2; it is at least engines, 3",
+        ),
+        ("prefill: {}\ndecode: {autoscale: {max: 2}}", "decode.autoscale.objective_seconds: is missing"),
         ("experts: {spread: wide}", "experts.spread: is 'wide'"),
         ("model: {deterministic: true, attention: dense}", "sparse only"),
         ("model: {kernels: triton}", "'triton' goes with device cuda, not cpu"),

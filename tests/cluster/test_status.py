@@ -1,16 +1,22 @@
 """`eightfold status` against a gateway, and what it says where there is none."""
 
 import json
+import re
 from pathlib import Path
 
 import httpx2
 import pytest
 
+from cluster.autoscaling import Decision, RoleScaling
 from cluster.cli import main
+from cluster.commands.status import as_text
+from cluster.gateway.backend import Parts, WorkerReport
 from cluster.gateway.status import ClusterStatus
 from tests.checkpoints import DEMO
 from tests.cluster.gateway.serving import HARBOR, Served, serve
+from workers.load import WorkerLoad
 from workers.local import LocalModel, ModelOptions
+from workers.wire import WorkerStatus
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +69,14 @@ def test_a_key_is_needed_where_keys_are_configured(
     key.write_text("anything\n")
     assert main(["status", served.url, "--key-file", str(key), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ready"] is True
+
+
+def test_a_page_shows_who_leaves_and_how_it_is_scaled() -> None:
+    decisions = (Decision("decode", 1e9, 2, 3, "90 of 100 pages are in use"),)
+    scaling = (RoleScaling("decode", 2, 3, 2.25, "90 of 100 pages are in use", decisions),)
+    worker = WorkerReport("d", "e", "n", 1, WorkerStatus("decode", WorkerLoad(), leaving=True))
+    parts = Parts(0, (worker,), (), scaling)
+    text = as_text(ClusterStatus("demo", "digest", 100, True, False, 1, 0, 0, 0, parts))
+    assert re.search(r"^d +decode, leaving ", text, re.M)
+    assert re.search(r"^decode +2 +3 +2\.25 +90 of 100 pages are in use$", text, re.M)
+    assert "decode from 2 to 3: 90 of 100 pages are in use" in text

@@ -310,5 +310,7 @@ def test_a_worker_counts_what_its_tokens_took(demo: LocalModel, oracle) -> None:
         soon(lambda: decode.worker.status.decode_tokens == 2 * 19)
         told = decode.worker.status
         assert 0 < told.busy_seconds <= told.decode_seconds <= 2 * told.busy_seconds
-        assert prefill.worker.status.decode_tokens == 0
-        soon(lambda: prefill.worker.status.busy_seconds > 0)
+        length = sum(len(oracle[name].prompt_ids) for name in ("code", "chat"))
+        soon(lambda: prefill.worker.status.prefilled_tokens == length)
+        assert prefill.worker.status.busy_seconds > 0
+        assert prefill.worker.status.decode_tokens == told.prefilled_tokens == 0
