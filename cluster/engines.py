@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 START_SECONDS = 120.0  # for a process that imports torch and reads its weights, on a busy machine
 CALL_SECONDS = 10.0
 _REGISTER_SECONDS = 0.5
-_DRAIN_MARGIN_SECONDS = 10.0  # from the end of the longest request to that of its worker
+_DRAIN_MARGIN_SECONDS = 30.0  # from the end of the longest request to that of its worker
 _STARTS = 2  # that may fail before a replica's failure is its deployment's
 
 

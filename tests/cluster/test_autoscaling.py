@@ -16,8 +16,8 @@ from workers.wire import Role, WorkerStatus
 SECTION = AutoscaleSection(max=8, objective_seconds=2.0, settle_seconds=60.0)
 
 
-def decided(current: int, working: int, needs: list[Need], changed: float) -> tuple[int, str]:
-    return decide(Bounds(1, 8), current, working, needs, changed, SECTION.settle_seconds)
+def decided(current: int, needs: list[Need], changed: float) -> tuple[int, str]:
+    return decide(Bounds(1, 8), current, needs, changed, SECTION.settle_seconds)
 
 
 def steady(engines: float, seconds: int = 100) -> list[Need]:
@@ -72,30 +72,29 @@ def test_decode_needs_engines_for_pages_and_for_sequences(load: Load, engines: f
 
 def test_it_goes_up_at_once_as_far_as_needs_agree() -> None:
     needs = [*steady(0.5), Need(100.0, 4.2, "x"), Need(101.0, 3.1, "y"), Need(102.0, 6.0, "z")]
-    assert decided(1, 1, needs, -math.inf) == (4, "z")
-    assert decided(1, 1, needs[:-1], -math.inf)[0] == 1  # not for long enough
-    assert decided(1, 1, [*needs, Need(103.0, 0.9, "")], -math.inf)[0] == 1  # one moment disagrees
-    assert decided(4, 1, needs, 102.0)[0] == 4  # they are on their way
+    assert decided(1, needs, -math.inf) == (4, "z")
+    assert decided(1, needs[:-1], -math.inf)[0] == 1  # not for long enough
+    assert decided(1, [*needs, Need(103.0, 0.9, "")], -math.inf)[0] == 1  # one moment disagrees
+    assert decided(4, needs, 102.0)[0] == 4  # they are on their way
 
 
 def test_it_goes_down_by_one_when_all_of_a_while_fits_into_the_others() -> None:
-    assert decided(4, 4, steady(2.2), 0.0)[0] == 3
-    assert decided(4, 4, steady(2.3), 0.0)[0] == 4  # more than three quarters of three
-    assert decided(4, 4, [*steady(0.1, 50), Need(50, 2.9, ""), *steady(0.1)[51:]], 0.0)[0] == 4
-    assert decided(4, 4, steady(0.1), 45.0)[0] == 4  # it changed a moment ago
-    assert decided(4, 4, steady(0.1, 50), -math.inf)[0] == 4  # nobody has looked for long enough
-    assert decided(4, 3, steady(0.1), 0.0)[0] == 4  # one is still starting
-    after, why = decided(4, 4, steady(0.1), 0.0)
+    assert decided(4, steady(2.2), 0.0)[0] == 3
+    assert decided(4, steady(2.3), 0.0)[0] == 4  # more than three quarters of three
+    assert decided(4, [*steady(0.1, 50), Need(50, 2.9, ""), *steady(0.1)[51:]], 0.0)[0] == 4
+    assert decided(4, steady(0.1), 45.0)[0] == 4  # it changed a moment ago
+    assert decided(4, steady(0.1, 50), -math.inf)[0] == 4  # nobody has looked for long enough
+    after, why = decided(4, steady(0.1), 0.0)
     assert after == 3
     assert "last 60 s" in why
 
 
 def test_it_stays_within_its_bounds() -> None:
-    assert decided(1, 1, steady(0.0), -math.inf)[0] == 1
-    assert decided(8, 8, steady(99.0), -math.inf)[0] == 8
-    assert decided(2, 2, steady(99.0), -math.inf)[0] == 8
-    assert decided(9, 9, steady(9.0), -math.inf)[0] == 8
-    assert decide(Bounds(3, 4), 1, 1, steady(0.0), 0.0, 60.0)[0] == 3
+    assert decided(1, steady(0.0), -math.inf)[0] == 1
+    assert decided(8, steady(99.0), -math.inf)[0] == 8
+    assert decided(2, steady(99.0), -math.inf)[0] == 8
+    assert decided(9, steady(9.0), -math.inf)[0] == 8
+    assert decide(Bounds(3, 4), 1, steady(0.0), 0.0, 60.0)[0] == 3
 
 
 # What is learned
@@ -282,3 +281,11 @@ def test_a_supervisor_that_starts_anew_takes_nothing_away_at_first() -> None:
     shown = scaler.shown()
     assert shown.engines == 5
     assert len(shown.decisions) == 1  # said once, however often it is asked for
+
+
+def test_engines_that_are_lost_for_long_are_not_taken_for_needless() -> None:
+    scaler = Autoscaler("decode", 1, SECTION)
+    both = {f"{i}": {f"w{i}": status("decode", 50)} for i in range(2)}
+    told = [*[both] * 30, *[{}] * 100, *[both] * 70]
+    wanted = [scaler.want(2, engines, float(now), 0.0).after for now, engines in enumerate(told)]
+    assert wanted.index(1) == 130 + 59  # the last moment without them is the 130th
