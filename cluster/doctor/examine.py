@@ -102,7 +102,7 @@ def demands(config: ClusterConfig, model: ModelConfig) -> list[Demand]:
     attention = weights([spec for spec in specs if wanted(spec)])
     if config.prefill and config.decode:
         for role, part in (("prefill", config.prefill), ("decode", config.decode)):
-            number = part.engines * part.attention_actors
+            number = part.most_engines * part.attention_actors
             found.append(
                 Demand(f"{role} actor", number, attention, pages(part.tokens), _PROCESS_BYTES, part.gpus)
             )

@@ -47,8 +47,8 @@ def groups(config: ClusterConfig, kubernetes: KubernetesSection) -> tuple[Group,
     roles: tuple[Role, ...] = ("prefill", "decode")
     for role in roles:
         section, pods = config.role(role), getattr(kubernetes, role)
-        actors = _Actors(section.engines * section.attention_actors, section.gpus if on_gpus else None)
-        number = _number(role, pods, actors, usual=section.engines, least=1)
+        actors = _Actors(section.most_engines * section.attention_actors, section.gpus if on_gpus else None)
+        number = _number(role, pods, actors, usual=section.most_engines, least=1)
         found.append(Group(role, number, pods, section.node_labels or {NODE_LABEL: role}))
     experts = config.experts
     if experts.placement == "pool":

@@ -84,7 +84,7 @@ def serve_config() -> str:
 def _worker_group(facts: PodFacts, group: Group) -> dict[str, Any]:
     return {
         "groupName": group.role,
-        # As many as the description says: the number of engines is fixed, and so are their pods.
+        # Pods are there for the most engines that there may be: the nodes of a Ray do not come and go.
         "replicas": group.pods,
         "minReplicas": group.pods,
         "maxReplicas": group.pods,

@@ -60,6 +60,9 @@ def test_actors_need_so_many_pods() -> None:
         "head", "gateways", "prefill", "decode",
     }  # fmt: skip
     assert number_of_pods(described(kubernetes__experts={"pods": 2}))["experts"] == 2
+    scaled = described(decode__autoscale={"max": 5, "objective_seconds": 0.05})
+    assert number_of_pods(scaled)["decode"] == 5  # for the most engines that there may be
+    assert inside(scaled).role("decode").autoscale == scaled.role("decode").autoscale
 
 
 @pytest.mark.parametrize(
