@@ -1,6 +1,6 @@
-"""What clients see of one process: tokens a second, time to the first token and between tokens, over HTTP.
+"""What clients of a process or a cluster see: tokens a second, time to the first token and between tokens.
 
-    python -m benchmarks.serve [--full-width] [--streams 1 4 16 64] [--prompt N] [--tokens N] [--out FOLDER]
+    python -m benchmarks.serve [--full-width] [--disaggregated] [--streams 1 4 16 64] [--out FOLDER] ..
 
 A gateway in this process, on a port of its own, and clients in another one: `streams` of them at a time, each
 of which sends a streaming request and, when it is answered, the next. Every prompt is another (random ids),
@@ -8,6 +8,7 @@ so that no cached page helps. Before each measured round runs one like it, in wh
 graphs captured. Without `--full-width` it is the demo on the CPU; with it, on a GPU, the first 5 layers of
 the 671B shape with random weights: three dense, two with all 256 experts. A whole model has 61, over many
 GPUs, so only what does not grow with layers (gateway, scheduling, gaps between steps) carries over as it is.
+With `--disaggregated` a worker of each role runs it, started by Ray: on GPUs one each, pages going over NCCL.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import torch
 from benchmarks.processes import process
 from cluster.config import ClusterConfig
 from cluster.demo import DEMO, OFFICIAL_671B
+from cluster.gateway.cluster_backend import ClusterBackend
 from cluster.gateway.server import GatewayServer
 from cluster.launch import start_backend
 from model.config import CONFIG_FILE, ModelConfig
@@ -40,6 +42,7 @@ from model.tokenizer import TOKENIZER_FILE
 LAYERS = 5  # of the full width: three dense ones, two with experts
 REQUESTS = 2  # of each client in a measured round
 ROUND_SECONDS = 300.0
+READY_SECONDS = 120.0
 _PLAIN_IDS = (100, 8000)  # ids that are no markup
 
 
@@ -76,6 +79,9 @@ class Round:
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--full-width", action="store_true", help="5 layers of the 671B shape, on a GPU")
+    parser.add_argument(
+        "--disaggregated", action="store_true", help="prefill and decode apart; on two GPUs with --full-width"
+    )
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64], help="clients at a time")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
@@ -84,10 +90,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
     loads = [Load(streams, options.prompt, options.tokens) for streams in options.streams]
     with tempfile.TemporaryDirectory() as folder:
         model = full_width(Path(folder)) if options.full_width else {"directory": DEMO}
-        rounds = asyncio.run(measure(model, loads))
+        rounds = asyncio.run(measure(model, loads, options.disaggregated))
     print(table(rounds))
     if options.out:
-        _save(options.out, rounds, loads, "full_width" if options.full_width else "demo")
+        name = ("full_width" if options.full_width else "demo") + "_apart" * options.disaggregated
+        _save(options.out, rounds, loads, name)
 
 
 def full_width(directory: Path) -> dict[str, Any]:
@@ -112,38 +119,45 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     shutil.copy(DEMO / "tokenizer_config.json", directory)
 
 
-async def measure(model: dict[str, Any], loads: Sequence[Load]) -> list[Round]:
-    """One gateway, a round for each load, and one like it before to warm up."""
+def description(model: dict[str, Any], loads: Sequence[Load], disaggregated: bool) -> ClusterConfig:
+    """A server with room for the largest load."""
     most = max(loads, key=lambda load: load.streams)
     room = most.streams * (most.prompt + most.tokens + 128)
-    config = ClusterConfig.model_validate(
-        {
-            "model": model,
-            "engine": {"tokens": room, "max_waiting": most.streams},
-            "gateway": {"http_port": 0, "grpc_port": 0},
-        }
-    )
+    facts: dict[str, Any] = {
+        "model": model,
+        "engine": {"tokens": room, "max_waiting": most.streams},
+        "gateway": {"http_port": 0, "grpc_port": 0},
+    }
+    if disaggregated:
+        facts |= {role: {"tokens": room} for role in ("prefill", "decode")}
+        facts["carriers"] = {"pages": "nccl" if model.get("device") == "cuda" else "host"}
+    return ClusterConfig.model_validate(facts)
+
+
+async def measure(model: dict[str, Any], loads: Sequence[Load], disaggregated: bool = False) -> list[Round]:
+    """One gateway, a round for each load, and one like it before to warm up."""
+    config = description(model, loads, disaggregated)
     with ExitStack() as stack:
         backend = start_backend(config, stack, print)
         backend.start()
+        if isinstance(backend, ClusterBackend):
+            await backend.wait_until_ready(READY_SECONDS)
         server = GatewayServer(backend, "model", config.gateway, "benchmark")
         await server.start()
         try:
             pipe = stack.enter_context(process(clients, server.http_port))
-            rounds = []
-            for load in loads:
-                for repeats in (1, REQUESTS):
-                    pipe.send((load, repeats))
-                    seconds, answers = await asyncio.to_thread(pipe.recv)
-                rounds.append(as_round(load, seconds, answers))
-                print(
-                    f"{load.streams} clients at a time: {seconds:.1f} s for {len(answers)} answers",
-                    flush=True,
-                )
-            return rounds
+            return [await _round(pipe, load) for load in loads]
         finally:
             await server.stop()
             await backend.stop()
+
+
+async def _round(pipe: Connection, load: Load) -> Round:
+    for repeats in (1, REQUESTS):
+        pipe.send((load, repeats))
+        seconds, answers = await asyncio.to_thread(pipe.recv)
+    print(f"{load.streams} clients at a time: {seconds:.1f} s for {len(answers)} answers", flush=True)
+    return as_round(load, seconds, answers)
 
 
 def clients(pipe: Connection, port: int) -> None:
@@ -272,7 +286,7 @@ def draw(rounds: Sequence[Round], path: Path, title: str) -> None:
 
 def _save(folder: Path, rounds: Sequence[Round], loads: Sequence[Load], model: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    machine = torch.cuda.get_device_name() if model == "full_width" else "CPU"
+    machine = torch.cuda.get_device_name() if model.startswith("full_width") else "CPU"
     date = datetime.date.today().isoformat()
     path = folder / f"serve_{model}_{date}.json"
     facts = {"machine": machine, "date": date, "prompt": loads[0].prompt, "tokens": loads[0].tokens}
