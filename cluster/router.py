@@ -139,8 +139,7 @@ class Router:
             NoRoute: somebody is missing.
         """
         keys = self._keys_of(request)
-        prompt = len(request.prompt_ids)
-        longest = prompt + request.params.max_tokens
+        prompt, longest = len(request.prompt_ids), request.longest
         decode = self._best_decode(keys, longest)
         prefill = self._best_prefill(keys, prompt)
         hit_there, hit_here = decode.num_hit(keys), prefill.num_hit(keys)

@@ -139,13 +139,13 @@ class AttentionWorker:
             self._fail(list(error.uids), "numerical_error")
         except (DispatchError, TransportError) as error:
             _log.warning("a step failed: %s", error)
-            self._fail(self._engine.running_uids, "replica_lost")
+            self._fail(self._engine.running_uids, "experts_lost")
         except Exception:
             _log.exception("a step failed")
             self._failures += 1
-            self._fail(self._engine.running_uids, "replica_lost")
+            self._fail(self._engine.running_uids, "step_failed")
             if self._failures >= _MAX_FAILURES:
-                self._fail(list(self._clients), "replica_lost")
+                self._fail(list(self._clients), "step_failed")
                 raise
         else:
             self._failures = 0

@@ -1,10 +1,11 @@
 """The routed experts of a model whose experts are elsewhere.
 
 `RemoteExperts` sends each token once to every worker it needs and adds the answers in the tree of groups
-(`placement.py`), whenever they come.
+(`placement.py`), whenever they come. A layer whose worker is lost waits for the next placement and is sent
+again, for as long as its time lasts: experts are stateless, and the bits are the same.
 
     DispatchError
-    ├── WorkerLost      a worker is gone: its layer must be run again under another placement
+    ├── WorkerLost      a worker is gone, and nobody took its place in time
     └── WorkerFailed    a worker answered what no worker should
 
 Shapes: T tokens, D width, t tokens that one worker gets.
@@ -32,7 +33,7 @@ from workers.transport.protocol import (
     Received,
 )
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.02  # between attempts while sender and worker differ in epoch
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.02  # between attempts, and between looks for a lost worker
 
 
 class DispatchError(Exception):
@@ -40,7 +41,7 @@ class DispatchError(Exception):
 
 
 class WorkerLost(DispatchError):
-    """A worker is gone. Experts are stateless: the layer can be run again elsewhere, with the same bits.
+    """A worker is gone, and was not replaced in the layer's time. A later step may find its successor.
 
     Args:
         peer: its name.
@@ -116,7 +117,8 @@ class PendingSum:
         self.placement: ExpertPlacement | None = None
         self.parts: dict[str, _Part] = {}
         self.sequence = 0
-        self.failure: DispatchError | None = None
+        self.failure: WorkerFailed | None = None
+        self.lost: WorkerLost | None = None  # of this attempt
         self.refused_at: int | None = None  # the epoch of a worker that refused this attempt
         self.other_epoch: int | None = None  # the same, of any attempt
         self._owner = owner
@@ -124,6 +126,11 @@ class PendingSum:
     @property
     def missing(self) -> list[str]:
         return [peer for peer, part in self.parts.items() if part.sums is None]
+
+    @property
+    def is_to_retry(self) -> bool:
+        """Whether this attempt comes to nothing."""
+        return self.refused_at is not None or self.lost is not None
 
     @property
     def complaint(self) -> str:
@@ -205,10 +212,10 @@ class RemoteExperts:
         """As `PendingSum.result`."""
         pause = _FIRST_PAUSE
         try:
-            while pending.missing or pending.refused_at is not None:
+            while pending.missing or pending.is_to_retry:
                 if pending.failure:
                     raise pending.failure
-                if pending.refused_at is not None:
+                if pending.is_to_retry:
                     pause = self._retry(pending, pause)
                     continue
                 self._receive(pending)
@@ -224,8 +231,8 @@ class RemoteExperts:
         placement = self._source.current()
         lists, most_nodes = node_lists(pending.plan, placement, self._topk_group)
         self._num_sent += 1
-        pending.sequence, pending.refused_at, pending.placement = self._num_sent, None, placement
-        pending.parts = {}
+        pending.sequence, pending.placement, pending.parts = self._num_sent, placement, {}
+        pending.refused_at = pending.lost = None
         self._pending[pending.sequence] = pending
         experts = pending.plan.experts.to(torch.int16)
         sent_tensors = pending.x, experts, pending.plan.weights
@@ -235,6 +242,9 @@ class RemoteExperts:
                 tensors = sent_tensors if is_all else tuple(tensor[rows] for tensor in sent_tensors)
                 self._send(share, tensors, placement.epoch, pending)
                 pending.parts[share.peer] = _Part(share, rows)
+        except WorkerLost as error:
+            pending.lost = error
+            return
         except BaseException:
             del self._pending[pending.sequence]
             raise
@@ -263,11 +273,26 @@ class RemoteExperts:
         """Send the whole layer again: to a new placement, or to a worker that is behind ours."""
         self.forget(pending)  # answers to the first attempt are late from here on
         if pending.deadline.is_over:
-            raise DeadlineExceeded(pending.complaint)
+            raise pending.lost or DeadlineExceeded(pending.complaint)
         time.sleep(min(pause, pending.deadline.left()))
-        self.stats.retries += 1
-        self._dispatch(pending)
+        if pending.lost is None or self._is_replaced(pending.lost.peer, pending):
+            self.stats.retries += 1
+            self._dispatch(pending)
         return min(2 * pause, _LONGEST_PAUSE)
+
+    def _is_replaced(self, peer: str, pending: PendingSum) -> bool:
+        """Whether there is another placement since, or only the connection was lost."""
+        placement = self._source.current()
+        assert pending.placement
+        if placement.epoch != pending.placement.epoch or peer in self._endpoint.peers:
+            return True
+        address = next(share.address for share in placement.shares if share.peer == peer)
+        try:
+            self._take_last_words(peer)
+            self._endpoint.connect(address, pending.deadline)
+        except (PeerLost, PeerUnreachable, PeerRefused, DeadlineExceeded):
+            return False
+        return True
 
     def _receive(self, waiting: PendingSum) -> None:
         """Take one event, whosever it is."""
@@ -281,7 +306,7 @@ class RemoteExperts:
         if isinstance(event, PeerLost):
             for pending in self._pending.values():
                 if event.peer in pending.missing:
-                    pending.failure = WorkerLost(event.peer, event.reason)
+                    pending.lost = WorkerLost(event.peer, event.reason)
         elif (found := self._pending.get(event.message.sequence)) is not None:
             self._take(found, event.peer.name, event.message)
 

@@ -80,7 +80,7 @@ class _Waiting:
     @property
     def num_tokens(self) -> int:
         """What it needs room for."""
-        return len(self.request.prompt_ids) + (0 if self.hand_over else self.request.params.max_tokens)
+        return len(self.request.prompt_ids) if self.hand_over else self.request.longest
 
 
 class Engine:
@@ -193,9 +193,8 @@ class Engine:
             RequestError: the request can never run here.
         """
         keys = keys or self.keys_of(request)
-        longest = len(request.prompt_ids) + request.params.max_tokens
         assert not self.knows(request.uid), f"{request.uid} is open already"
-        sequence = self._allocator.start(request, keys, longest)
+        sequence = self._allocator.start(request, keys, request.longest)
         if isinstance(sequence, Sequence):
             self._parked[request.uid] = sequence
         return sequence
@@ -268,12 +267,15 @@ class Engine:
                     "prompt", f"holds token {token_id}; this model's ids go from 0 to {vocab_size - 1}"
                 )
         request.params.check_vocab(vocab_size)
+        most = min(len(request.prompt_ids), request.params.max_tokens) - 1
+        if not 0 <= request.num_resumed <= most:
+            raise RequestError("num_resumed", f"is {request.num_resumed}; between 0 and {most} can be")
         limit = min(self._model.config.max_position_embeddings, self.pool.num_pages * PAGE_SIZE)
-        longest = len(request.prompt_ids) + request.params.max_tokens
-        if len(request.prompt_ids) >= limit:
-            raise PromptTooLong(len(request.prompt_ids), limit)
-        if longest > limit:
-            room = limit - len(request.prompt_ids)
+        num_prompt = len(request.prompt_ids) - request.num_resumed
+        if num_prompt >= limit:
+            raise PromptTooLong(num_prompt, limit)
+        if request.longest > limit:
+            room = limit - num_prompt
             raise RequestError(
                 "max_tokens",
                 f"is {request.params.max_tokens}; after this prompt the context holds {room} more",

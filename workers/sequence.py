@@ -15,6 +15,7 @@ class Request:
 
     `uid` is unique among the open requests of an engine. Cached pages are shared within a `tenant` only.
     `choice` says which of the `n` answers to one prompt this is; each of them is a request of its own.
+    Where an earlier run was cut off, the last `num_resumed` of the `prompt_ids` are the answer so far.
     """
 
     uid: str
@@ -22,6 +23,12 @@ class Request:
     params: SamplingParams
     tenant: str = ""
     choice: int = 0
+    num_resumed: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens that prompt and answer may come to."""
+        return len(self.prompt_ids) - self.num_resumed + self.params.max_tokens
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,13 @@ class Sequence:
 
     @property
     def num_prompt(self) -> int:
+        """What was known at the start."""
         return len(self.request.prompt_ids)
 
     @property
     def num_output(self) -> int:
-        return self.num_tokens - self.num_prompt
+        """Tokens of the answer, those of an earlier run too."""
+        return self.num_tokens - self.num_prompt + self.request.num_resumed
 
     @property
     def num_pending(self) -> int:
@@ -93,7 +102,7 @@ class Sequence:
 
     @property
     def phase(self) -> Phase:
-        return "prefill" if self.num_output == 0 else "decode"
+        return "prefill" if self.num_tokens == self.num_prompt else "decode"
 
     @property
     def room(self) -> int:
@@ -102,7 +111,7 @@ class Sequence:
 
     def next_row(self) -> SampleRow:
         """What the token after the known ones depends on besides its logits."""
-        params = self.request.params
-        prompt = self.request.prompt_ids if params.repetition_penalty != 1 else ()
-        output = tuple(self.tokens[self.num_prompt :]) if params.has_penalties else ()
+        params, answer = self.request.params, self.num_prompt - self.request.num_resumed
+        prompt = self.request.prompt_ids[:answer] if params.repetition_penalty != 1 else ()
+        output = tuple(self.tokens[answer:]) if params.has_penalties else ()
         return SampleRow(params, self.num_tokens, self.request.choice, prompt=prompt, output=output)

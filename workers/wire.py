@@ -64,7 +64,9 @@ class Cancel:
     uid: str
 
 
-Why = Literal["replica_lost", "overloaded", "timeout", "numerical_error", "invalid"]
+Why = Literal[
+    "replica_lost", "experts_lost", "step_failed", "overloaded", "timeout", "numerical_error", "invalid"
+]
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class TokenStream(Protocol):
         """The next token.
 
         Raises:
+            ReplicaLost: whoever ran it is gone; no token follows, and another run may give the rest.
             Refusal: the request has failed; no token follows.
         """
         ...
@@ -82,6 +83,7 @@ class Backend(Protocol):
 
         Raises:
             Overloaded: no room now.
+            ReplicaLost: whoever was to run it is gone.
             RequestError: it can never run here.
         """
         ...

@@ -8,12 +8,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from cluster.directory import Directory, DirectorySource, WorkerEntry
 from cluster.gateway.backend import ModelFacts, Parts, WorkerReport
+from cluster.gateway.errors import ExpertsLost, Overloaded, Refusal, ReplicaLost, StepFailed
 from cluster.gateway.errors import Kind as RefusalKind
-from cluster.gateway.errors import Overloaded, Refusal, ReplicaLost
 from cluster.gateway.stream import QueuedStream
 from cluster.router import NoRoute, Router
 from model.errors import RequestError
@@ -22,7 +21,7 @@ from workers.sequence import Request, Token
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.message import MalformedMessage, Message, TransportError
 from workers.transport.protocol import Address, Deadline, DeadlineExceeded, PeerLost, Received
-from workers.wire import Cancel, Failed, Generate, Kind, WorkerStatus, pack, unpack
+from workers.wire import Cancel, Failed, Generate, Kind, Why, WorkerStatus, pack, unpack
 
 _log = logging.getLogger(__name__)
 
@@ -344,8 +343,10 @@ class ClusterBackend:
 
 
 def _as_error(failed: Failed) -> Exception:
-    answers: dict[Literal["replica_lost", "overloaded", "timeout", "numerical_error"], Exception] = {
+    answers: dict[Why, Exception] = {
         "replica_lost": ReplicaLost(),
+        "experts_lost": ExpertsLost(),
+        "step_failed": StepFailed(),
         "overloaded": Overloaded("the model has no room for this request now; try again a little later"),
         "timeout": Refusal(RefusalKind.TIMEOUT, "the time for this request is spent", None, 1.0),
         "numerical_error": Refusal(

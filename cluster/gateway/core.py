@@ -13,6 +13,7 @@ from cluster.gateway.calls import Call, ChatCall, CompletionCall
 from cluster.gateway.errors import Kind, Overloaded, Refusal
 from cluster.gateway.journal import Journal
 from cluster.gateway.metrics import Metrics
+from cluster.gateway.replay import ReplayedStream
 from model.chat.encoding import encode_chat
 from model.chat.markup import END_THINK
 from model.tokenizer import Detokenizer
@@ -158,7 +159,7 @@ class Gateway:
             for choice in range(params.n):
                 request = Request(f"{uid}-{choice}", tuple(ids), params, tenant=tenant, choice=choice)
                 entry = on_close.enter_context(self.journal.entry(request, self.backend.facts.digest))
-                stream = await self.backend.generate(request)
+                stream = await ReplayedStream(self.backend, entry, self.metrics).open()
                 answer.read(stream, make_reader(choice, request), entry)
         except BaseException:
             await answer.aclose()

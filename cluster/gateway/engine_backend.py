@@ -12,7 +12,14 @@ import threading
 from collections.abc import Callable, Iterable
 
 from cluster.gateway.backend import ModelFacts, Parts, WorkerReport
-from cluster.gateway.errors import Kind, Overloaded, Refusal, ReplicaLost, as_refusal
+from cluster.gateway.errors import (
+    ExpertsLost,
+    Kind,
+    Overloaded,
+    Refusal,
+    StepFailed,
+    as_refusal,
+)
 from cluster.gateway.stream import QueuedStream
 from workers.dispatch import DispatchError
 from workers.engine import Engine, NumericalFailure
@@ -85,6 +92,8 @@ class EngineBackend:
         self._fail_all(Overloaded("the server is shutting down; send the request again"))
 
     async def generate(self, request: Request) -> EngineStream:
+        if self._broken:
+            raise StepFailed
         if not self.is_ready:
             raise Overloaded("the model is not running")
         if self.load().waiting >= self._max_waiting:
@@ -173,11 +182,12 @@ class EngineBackend:
                 self._call(self._fail, error.uids, as_refusal(error))
             except Exception as error:
                 _log.exception("a step of the engine failed")
-                failures += not isinstance(error, _NOT_THE_ENGINES_FAULT)
-                self._give_up()
-                if failures >= _MAX_FAILURES:
-                    self._broken = True
-                    self._call(self._fail_all, ReplicaLost())
+                is_lost = isinstance(error, _NOT_THE_ENGINES_FAULT)
+                failures += not is_lost
+                self._broken = failures >= _MAX_FAILURES
+                self._give_up(ExpertsLost() if is_lost else StepFailed())
+                if self._broken:
+                    self._call(self._fail_all, StepFailed())
                     return
             else:
                 failures = 0
@@ -212,12 +222,12 @@ class EngineBackend:
         self._held.discard(uid)
         self._engine.cancel(uid)
 
-    def _give_up(self) -> None:
+    def _give_up(self, error: Exception) -> None:
         """Fails every request that the engine has, and frees their pages."""
         uids = list(self._held)
         for uid in uids:
             self._drop(uid)
-        self._call(self._fail, uids, ReplicaLost())
+        self._call(self._fail, uids, error)
 
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop, "not started"

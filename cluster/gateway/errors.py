@@ -4,6 +4,8 @@
     └── Refusal             one row of the table, with a message for this request
         ├── Overloaded      no room now; a later try may succeed
         └── ReplicaLost     whoever ran the request is gone
+            ├── ExpertsLost  it could not reach its experts, which are made anew
+            └── StepFailed   it failed, perhaps because of the request
 
 Everything else that may end a request is turned into a `Refusal` by `as_refusal`, which never repeats the
 text of an error that is not ours: paths and internal names stay inside.
@@ -104,6 +106,14 @@ class ReplicaLost(Refusal):
 
     def __reduce__(self) -> tuple[type["ReplicaLost"], tuple[str]]:
         return type(self), (self.message,)
+
+
+class ExpertsLost(ReplicaLost):
+    """Experts were away for longer than a layer waits for them."""
+
+
+class StepFailed(ReplicaLost):
+    """A step with the request in it failed, and nobody knows whose fault that was."""
 
 
 def as_refusal(error: BaseException) -> Refusal:

@@ -1,12 +1,13 @@
 """What it takes to answer every open request again: the gateway's share of the system's state.
 
-A request that is replayed from its entry continues with the tokens that an undisturbed run would have drawn,
-because those depend on what is written here and on the weights alone.
+A request that runs again from its entry (`replay.py`) continues with the tokens that an undisturbed run would
+have drawn, because those depend on what is written here and on the weights alone.
 """
 
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from cluster.gateway.errors import Overloaded
 from workers.sequence import Request
@@ -22,6 +23,11 @@ class JournalEntry:
     def record(self, token_id: int) -> None:
         """Notes a token, before it is sent on."""
         self.emitted.append(token_id)
+
+    def resumed(self, uid: str) -> Request:
+        """What is left to do, as a request of another name: the answer so far is run like a prompt."""
+        known = (*self.request.prompt_ids, *self.emitted)
+        return replace(self.request, uid=uid, prompt_ids=known, num_resumed=len(self.emitted))
 
 
 class Journal:
@@ -54,7 +60,7 @@ class Journal:
         Raises:
             Overloaded: the journal is full.
         """
-        longest = len(request.prompt_ids) + request.params.max_tokens
+        longest = request.longest
         if self._held + longest > self._max_tokens:
             raise Overloaded("too many requests are open; try again a little later")
         assert request.uid not in self._entries, request.uid

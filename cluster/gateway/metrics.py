@@ -41,6 +41,10 @@ class Metrics:
             ["cache"], registry=self._registry,
         )  # fmt: skip
         self.answer_tokens = Counter("eightfold_answer_tokens", "Tokens of answers.", registry=self._registry)
+        self.replays = Counter(
+            "eightfold_replays", "Runs of requests from the journal after their worker was lost.",
+            registry=self._registry,
+        )  # fmt: skip
         self.unknown_fields = Counter(
             "eightfold_unknown_fields", "Fields of requests that nobody knows; they had no effect.",
             registry=self._registry,

@@ -79,7 +79,7 @@ def trace(
     options = options or TraceOptions()
     options.check(model.local.config.n_group)
     request = replace(request, params=replace(request.params, logprobs=TOP_LOGPROBS))
-    longest = len(request.prompt_ids) + request.params.max_tokens
+    longest = request.longest
     # What is too long is refused by the engine; no pages are made for it.
     context = min(longest, model.local.config.max_position_embeddings)
     engine = Engine(model.decoder(), model.local.cache(context), config)

@@ -128,15 +128,15 @@ def serve_share(endpoint: Endpoint, pipe: Connection) -> None:
 
 @contextmanager
 def process_pool(
-    carriers: list[str], layer_seconds: float = 30.0
+    carriers: list[str], layer_seconds: float = 30.0, first: int = 0, epoch: int = 1
 ) -> Iterator[tuple[Pool, list[PeerProcess]]]:
-    """Workers in processes of their own, each reached by its carrier."""
+    """Workers in processes of their own, each reached by its carrier, and numbered from `first` on."""
     with ExitStack() as stack:
         processes = [
             stack.enter_context(peer_process(serve_share, f"worker {i}", carrier))
-            for i, carrier in enumerate(carriers)
+            for i, carrier in enumerate(carriers, first)
         ]
-        source = Source(place([process.address for process in processes]))
+        source = Source(place([process.address for process in processes], epoch))
         for process in processes:
             process.pipe.send(source.placement)
         for process in processes:

@@ -141,7 +141,7 @@ def test_a_worker_whose_steps_fail_fails_its_requests_and_gives_up_in_the_end(
         monkeypatch.setattr(Decoder, "forward", broken)
         for i in range(num_failures):
             reader.generate(Request(f"{i}", oracle["code"].prompt_ids, greedy(3)), worker, None)
-            assert reader.why_failed(f"{i}") == "replica_lost"
+            assert reader.why_failed(f"{i}") == "step_failed"
         if is_lasting:
             worker.thread.join(5)
             assert not worker.thread.is_alive()

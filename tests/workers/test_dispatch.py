@@ -157,9 +157,9 @@ def test_a_worker_of_another_model() -> None:
 
 
 @pytest.mark.parametrize("carrier", ["shared_memory", "tcp"])
-def test_a_killed_worker_is_lost_within_a_second(carrier: str) -> None:
+def test_a_killed_worker_is_lost_when_the_layer_s_time_is_over(carrier: str) -> None:
     x, plan = rows(50)
-    with process_pool([carrier, carrier]) as (pool, processes):
+    with process_pool([carrier, carrier], layer_seconds=1.0) as (pool, processes):
         expected = pool.experts.forward(LAYER, x, plan)
         processes[1].signal(signal.SIGSTOP)  # so that it is certain to be killed while we wait
         pending = pool.experts.submit(LAYER, x, plan)
@@ -170,9 +170,33 @@ def test_a_killed_worker_is_lost_within_a_second(carrier: str) -> None:
         assert time.monotonic() - started < 5
         assert caught.value.peer == "worker 1"
         with pytest.raises(WorkerLost):
-            pool.experts.submit(LAYER, x, plan)
+            pool.experts.forward(LAYER, x, plan)
+        assert pool.experts._pending == {}
         with process_pool([carrier]) as (other, _):  # another pool computes the layer again
             assert torch.equal(other.experts.forward(LAYER, x, plan), expected)
+
+
+def test_a_layer_whose_worker_is_killed_goes_to_the_next_placement() -> None:
+    x, plan = rows(50)
+    with (
+        process_pool(["shared_memory"] * 2) as (pool, processes),
+        process_pool(["tcp"], first=2, epoch=2) as (successor, _),
+    ):
+        expected = pool.experts.forward(LAYER, x, plan)
+        processes[1].signal(signal.SIGSTOP)
+        pending = pool.experts.submit(LAYER, x, plan)
+        processes[1].signal(signal.SIGKILL)
+
+        def learn() -> None:
+            pool.source.placement = successor.source.placement
+
+        timer = threading.Timer(0.3, learn)
+        timer.start()
+        assert torch.equal(pending.result(), expected)
+        timer.join()
+        assert pool.experts.stats.retries == 1
+        processes[0].signal(signal.SIGKILL)  # nobody needs it any more
+        assert torch.equal(pool.experts.forward(LAYER, x, plan), expected)
 
 
 def test_a_frozen_worker_meets_the_deadline() -> None:

@@ -78,7 +78,7 @@ def test_a_frozen_expert_fails_the_step_and_not_the_next(oracle: dict[str, Oracl
 
 @pytest.mark.parametrize("half", [1, 2])
 def test_an_expert_killed_in_the_middle_is_lost(oracle: dict[str, OraclePrompt], half: int) -> None:
-    with process_pool(["shared_memory", "shared_memory"]) as (pool, processes):
+    with process_pool(["shared_memory", "shared_memory"], layer_seconds=1.0) as (pool, processes):
         engine = engine_over(pool, oracle)
         for _ in range(4):
             engine.step()

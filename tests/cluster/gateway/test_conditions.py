@@ -297,12 +297,15 @@ def check_message(row: Row, message: str) -> None:
 
 @contextmanager
 def broken_later(demo: LocalModel, patch: pytest.MonkeyPatch) -> Iterator[tuple[Served, Callable[[], None]]]:
-    """An engine that fails when it is told to."""
+    """An engine that fails when it is told to, and when its requests run again."""
     with serve(demo, config()) as served:
-        step = served.engine.step
+        steps = [served.engine.step, served.engine.step]
 
         def fail() -> Any:
-            patch.setattr(served.engine, "step", step)
+            step = steps.pop()
+            if not steps:
+                patch.setattr(served.engine, "step", step)
+                steps.extend((step, step))
             raise RuntimeError("/secret/path")
 
         yield served, lambda: patch.setattr(served.engine, "step", fail)
