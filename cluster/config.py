@@ -15,6 +15,7 @@ from cluster.demo import DEMO
 from cluster.gateway.core import Budgets
 from cluster.gateway.http_guard import HttpLimits
 from cluster.render.section import KubernetesSection
+from cluster.telemetry.section import TracingSection
 from kernels.backend import Backend
 from model.attention import AttentionMode
 from model.decoder import DTypeName
@@ -268,6 +269,7 @@ class ClusterConfig(_Section):
     carriers: CarriersSection = CarriersSection()
     ray: RaySection = RaySection()
     gateway: GatewaySection = GatewaySection()
+    tracing: TracingSection | None = None
     kubernetes: KubernetesSection | None = None
 
     @property

@@ -24,7 +24,6 @@ from cluster.router import Router
 from kernels.backend import UnsupportedKernel
 from model.config import ModelConfig
 from model.inputs import PAGE_SIZE
-from model.moe import Experts
 from model.text import load_text
 from workers.dispatch import RemoteExperts
 from workers.local import LocalModel, open_checkpoint
@@ -115,7 +114,7 @@ def _start_ray(config: ClusterConfig, stack: ExitStack, say: Say) -> None:
 # One engine in this process
 
 
-def _start_pool(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say: Say) -> Experts:
+def _start_pool(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say: Say) -> RemoteExperts:
     import ray
 
     from cluster.expert_pool import ExpertPool
@@ -142,7 +141,7 @@ def _start_pool(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say
     return RemoteExperts(endpoint, pool, topk_group=model.topk_group, layer_seconds=experts.layer_seconds)
 
 
-def _load_engine(config: ClusterConfig, experts: Experts | None, say: Say) -> EngineBackend:
+def _load_engine(config: ClusterConfig, experts: RemoteExperts | None, say: Say) -> EngineBackend:
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("", "model.device", "is cuda; no GPU can be used here (torch finds none)")
     started = time.perf_counter()
@@ -166,6 +165,7 @@ def _load_engine(config: ClusterConfig, experts: Experts | None, say: Say) -> En
         ),
         max_waiting=config.engine.max_waiting,
         max_unread=config.gateway.limits.max_unread_tokens,
+        dispatch=experts.stats if experts else None,
     )
 
 

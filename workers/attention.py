@@ -19,7 +19,9 @@ from workers.engine import Engine, NumericalFailure
 from workers.handoff import Lapse, Lease
 from workers.page_receiver import Arrival, PageReceiver
 from workers.page_sender import PageSender
+from workers.schedule import Batch
 from workers.sequence import Token
+from workers.stages import StageClock
 from workers.transport.message import MalformedMessage, Message, TransportError
 from workers.transport.protocol import Deadline, DeadlineExceeded, Endpoint, PeerLost, Received
 from workers.wire import (
@@ -88,6 +90,7 @@ class AttentionWorker:
         self._receiver = PageReceiver(engine, cache, endpoint, lease, config.num_layers, into)
         self._clients: dict[str, str] = {}  # uid -> who reads its tokens
         self._deadlines: dict[str, Deadline] = {}
+        self._stages = StageClock(dispatch)
         self._watchers: set[str] = set()
         self._is_leaving = False
         self._next_status = Deadline.after(0)
@@ -132,8 +135,9 @@ class AttentionWorker:
 
     def _step(self) -> None:
         started = time.perf_counter()
+        self._stages.step_begins()
         try:
-            tokens = self._engine.step(self._sender.on_layer)
+            tokens = self._engine.step(self._on_layer)
         except NumericalFailure as error:
             _log.error("%s", error)
             self._fail(list(error.uids), "numerical_error")
@@ -151,7 +155,12 @@ class AttentionWorker:
             self._failures = 0
             self._is_stuck = not tokens and not self._engine.running_uids
             self._count(tokens, 0.0 if self._is_stuck else time.perf_counter() - started)
+            self._stages.step_ends(tokens)
             self._tell_tokens(tokens)
+
+    def _on_layer(self, batch: Batch, layer: int) -> None:
+        self._stages.on_layer(batch, layer)
+        self._sender.on_layer(batch, layer)
 
     def _count(self, tokens: list[Token], seconds: float) -> None:
         self._busy_seconds += seconds
@@ -190,7 +199,8 @@ class AttentionWorker:
                     self._sender.granted(peer, unpack(Grant, message))
                 case Kind.ADOPTED:
                     uid = unpack(Adopted, message).uid
-                    if self._sender.adopted(peer, uid):
+                    if handed_over := self._sender.adopted(peer, uid):
+                        self._stages.handed_over(uid, handed_over)
                         self._forget(uid)
                 case Kind.DROP:
                     drop = unpack(Drop, message)
@@ -225,6 +235,7 @@ class AttentionWorker:
             self._send(client, pack(Kind.FAILED, Failed(uid, "invalid", error.field, error.problem)))
             return
         self._clients[uid], self._deadlines[uid] = client, deadline
+        self._stages.arrived(order.request)
         if order.decode:
             self._sender.add(order.request, client, order.decode, deadline)
 
@@ -234,10 +245,10 @@ class AttentionWorker:
             self._engine.cancel(uid)
             return
         self._clients[uid], self._deadlines[uid] = client, arrival.deadline
+        self._stages.adopted(arrival.reserve.request)
 
     def _cancel(self, uid: str) -> None:
-        self._clients.pop(uid, None)
-        self._deadlines.pop(uid, None)
+        self._forget(uid)
         self._sender.cancel(uid)
         self._receiver.cancel(uid)
         self._engine.cancel(uid)
@@ -281,8 +292,11 @@ class AttentionWorker:
                 self._send(client, pack(Kind.FAILED, Failed(uid, why)))
 
     def _forget(self, uid: str) -> None:
-        self._clients.pop(uid, None)
+        client = self._clients.pop(uid, None)
         self._deadlines.pop(uid, None)
+        stages = self._stages.end(uid)
+        if stages and client in self._endpoint.peers:
+            self._send(client, pack(Kind.STAGES, stages))
 
     def _send(self, peer: str, message: Message) -> None:
         try:

@@ -77,7 +77,8 @@ class PlacementSource(Protocol):
 class DispatchStats:
     """What was sent since the start. `copies` / `tokens` is the traffic that node-limited routing saves.
 
-    `copies_to` counts by worker: how evenly the experts' load lies.
+    `copies_to` counts by worker: how evenly the experts' load lies. `wait_seconds` went by until results were
+    there that somebody waited for.
     """
 
     layers: int = 0
@@ -85,6 +86,7 @@ class DispatchStats:
     copies_to: Counter[str] = field(default_factory=Counter)
     most_nodes: int = 0  # of one token
     retries: int = 0
+    wait_seconds: float = 0.0
 
     @property
     def copies(self) -> int:
@@ -210,7 +212,7 @@ class RemoteExperts:
 
     def finish(self, pending: PendingSum) -> Tensor:
         """As `PendingSum.result`."""
-        pause = _FIRST_PAUSE
+        pause, started = _FIRST_PAUSE, time.perf_counter()
         try:
             while pending.missing or pending.is_to_retry:
                 if pending.failure:
@@ -221,6 +223,7 @@ class RemoteExperts:
                 self._receive(pending)
         finally:
             self.forget(pending)
+            self.stats.wait_seconds += time.perf_counter() - started
         return self._combine(pending)
 
     def forget(self, pending: PendingSum) -> None:

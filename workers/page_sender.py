@@ -14,6 +14,7 @@ from workers.handoff import OPENING_SECONDS, Lapse, Lease, at_once, sooner, why_
 from workers.page_pool import pages_for
 from workers.schedule import Batch
 from workers.sequence import Request, Sequence, Token
+from workers.stages import HandedOver
 from workers.transport.carrier import CarrierFailed
 from workers.transport.message import Message, TransportError
 from workers.transport.protocol import Address, Deadline, DeadlineExceeded, Endpoint, Peer
@@ -31,7 +32,8 @@ _CONNECT_SECONDS = 1.0
 class Handoff:
     """A sequence on its way out. `sent` counts the pages that have left, by layer; `way` is where they go.
 
-    `drawn` is when its first token was there, on `time.perf_counter()`.
+    `drawn` is when its first token was there, on `time.perf_counter()`. Pages were asked for and granted when
+    `asked_ns` and `granted_ns` say, by the wall clock; those before `first_page` are known there.
     """
 
     request: Request
@@ -43,6 +45,9 @@ class Handoff:
     way: "PageWay | None" = None
     first: Token | None = None
     drawn: float = 0.0
+    asked_ns: int = 0
+    granted_ns: int = 0
+    first_page: int = 0
     sent: list[int] = field(default_factory=list)
     is_complete: bool = False
 
@@ -111,16 +116,26 @@ class PageSender:
             self._renew(handoff)
             self._complete(handoff)
 
-    def adopted(self, peer: Peer, uid: str) -> bool:
+    def adopted(self, peer: Peer, uid: str) -> HandedOver | None:
         """The other side has everything: our copy is worth no more than any cached page."""
         if not self._goes_to(peer, uid):
-            return False
+            return None
         handoff = self._handoffs.pop(uid)
+        exposed = time.perf_counter() - handoff.drawn if handoff.first else 0.0
         if handoff.first:
             self.num_adopted += 1
-            self.seconds += time.perf_counter() - handoff.drawn
+            self.seconds += exposed
         self._engine.cancel(uid)
-        return True
+        num_pages = sum(sent - handoff.first_page for sent in handoff.sent)
+        granted_seconds = (handoff.granted_ns - handoff.asked_ns) / 1e9
+        return HandedOver(
+            handoff.asked_ns,
+            time.time_ns(),
+            num_pages,
+            num_pages * self._page_bytes,
+            granted_seconds,
+            exposed,
+        )
 
     def dropped(self, peer: Peer, drop: Drop) -> list[Lapse]:
         """The other side gives up."""
@@ -128,9 +143,14 @@ class PageSender:
 
     @property
     def num_bytes(self) -> int:
-        """Of the pages that were sent; those of all layers are alike."""
+        """Of the pages that were sent."""
+        return self.num_pages * self._page_bytes
+
+    @property
+    def _page_bytes(self) -> int:
+        """Of a page of one layer; those of all layers are alike."""
         pages = self._cache.layers[0]
-        return self.num_pages * (pages.latents[0].nbytes + pages.index_keys[0].nbytes)
+        return pages.latents[0].nbytes + pages.index_keys[0].nbytes
 
     @property
     def is_busy(self) -> bool:
@@ -195,7 +215,7 @@ class PageSender:
         if self._targets.setdefault(target.name, target) != target:  # a successor that took its name
             self._part_from(target.name)
             self._targets[target.name] = target
-        handoff.sent = [0] * self._num_layers
+        handoff.sent, handoff.asked_ns = [0] * self._num_layers, time.time_ns()
         body = Reserve(handoff.request, handoff.client, self._lease.digest)
         try:
             self._endpoint.connect(target, Deadline.after(_CONNECT_SECONDS))
@@ -211,7 +231,7 @@ class PageSender:
             self._post(peer.name, pack(Kind.DROP, Drop(grant.uid, "replica_lost")))
             return
         handoff = self._handoffs[grant.uid]
-        handoff.lease = grant.lease
+        handoff.lease, handoff.first_page, handoff.granted_ns = grant.lease, grant.first_page, time.time_ns()
         handoff.sent = [grant.first_page] * self._num_layers
         if (self._ways is None) != (grant.way is None):
             _log.error("%s moves pages by another carrier than we do", peer.name)

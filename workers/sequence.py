@@ -16,6 +16,7 @@ class Request:
     `uid` is unique among the open requests of an engine. Cached pages are shared within a `tenant` only.
     `choice` says which of the `n` answers to one prompt this is; each of them is a request of its own.
     Where an earlier run was cut off, the last `num_resumed` of the `prompt_ids` are the answer so far.
+    Whoever runs one that is `traced` says afterwards where its time went (`stages.py`).
     """
 
     uid: str
@@ -24,6 +25,7 @@ class Request:
     tenant: str = ""
     choice: int = 0
     num_resumed: int = 0
+    traced: bool = False
 
     @property
     def longest(self) -> int:

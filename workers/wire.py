@@ -1,13 +1,14 @@
 """What gateways and attention workers say to each other: frozen values, as JSON in a message's first tensor.
 
     gateway -> worker     WATCH, GENERATE, CANCEL
-    worker -> gateway     TOKENS, FAILED, STATUS
+    worker -> gateway     TOKENS, FAILED, STATUS, STAGES
     prefill -> decode     RESERVE, PAGES, PUSHED, HAND_OVER, DROP
     decode -> prefill     GRANT, ADOPTED, DROP
 
 PAGES and PUSHED are the kinds without JSON: header and tensors say all (`handoff.py`). Values are checked
 against their types when they are read; nothing is unpickled. A request's time left travels in the header's
-budget.
+budget. STAGES comes when a request that is traced has ended at a worker, also after its last token
+(`stages.py`).
 """
 
 import enum
@@ -40,6 +41,7 @@ class Kind(enum.IntEnum):
     TOKENS = 19
     FAILED = 20
     STATUS = 21
+    STAGES = 22
     RESERVE = 32
     GRANT = 33
     PAGES = 34

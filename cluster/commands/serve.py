@@ -17,7 +17,9 @@ from cluster.config import ClusterConfig
 from cluster.gateway.cluster_backend import ClusterBackend
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.gateway.server import GatewayServer
+from cluster.gateway.tracing import Tracing
 from cluster.launch import ClusterError, Say, start_backend
+from cluster.telemetry.start import start_tracing
 from model.inputs import PAGE_SIZE
 
 EMBEDDED = Path(__file__).parent.parent / "embedded.yaml"
@@ -38,20 +40,25 @@ def serve(command: str, config: ClusterConfig, start: Start) -> int:
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     started = time.perf_counter()
     with ExitStack() as stack:
+        tracing = start_tracing(config.tracing, config.model.served_name, program_version())
+        stack.callback(tracing.close)
         try:
             backend = start(config, stack, _say)
         except ClusterError as error:
             print(f"eightfold {command}: {error}", file=sys.stderr)
             return EXIT_FAILED
-        return asyncio.run(_serve(config, backend, started))
+        return asyncio.run(_serve(config, backend, tracing, started))
 
 
-async def _serve(config: ClusterConfig, backend: EngineBackend | ClusterBackend, started: float) -> int:
+async def _serve(
+    config: ClusterConfig, backend: EngineBackend | ClusterBackend, tracing: Tracing, started: float
+) -> int:
     backend.start()
     try:
         if isinstance(backend, ClusterBackend):
             await backend.wait_until_ready(_CONNECT_SECONDS)
-        server = GatewayServer(backend, config.model.served_name, config.gateway, program_version())
+        name = config.model.served_name
+        server = GatewayServer(backend, name, config.gateway, program_version(), tracing)
         await server.start()
         _say(f"ready after {time.perf_counter() - started:.1f} s")
         print(banner(server, config), flush=True)

@@ -164,5 +164,22 @@ def check_ray_address(address: str, error: str | None) -> Finding:
     return Finding("ray.address", "ok", address, limit)
 
 
+def check_collector(endpoint: str, is_installed: bool, error: str | None) -> Finding:
+    """Whether traces can leave; without a collector requests are answered all the same.
+
+    Args:
+        is_installed: the exporter, without which nothing is served.
+        error: what connecting from here said.
+    """
+    limit = "the exporter is installed, and somebody listens there"
+    if not is_installed:
+        cure = "python -m pip install eightfold[tracing], or leave the section out"
+        return Finding("tracing", "problem", "OpenTelemetry's exporter is not installed", limit, cure)
+    if error:
+        cure = "start the collector, or correct tracing.endpoint; until then spans are dropped"
+        return Finding("tracing", "warning", f"{endpoint}: {error}", limit, cure)
+    return Finding("tracing", "ok", endpoint, limit)
+
+
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB"

@@ -10,6 +10,7 @@ from cluster.doctor import checks, probes
 from cluster.doctor.checks import Demand
 from cluster.doctor.finding import Finding
 from cluster.doctor.packages import check_ray, probe_ray
+from cluster.telemetry.start import is_installed
 from model.checkpoint import Checkpoint, all_but_routed_experts, everything, is_duplicate, routed_experts
 from model.config import ModelConfig
 from model.decoder import DTYPES
@@ -34,6 +35,9 @@ def examine(config: ClusterConfig) -> Iterator[Finding]:
         yield checks.check_port(name, gateway.host, port, probes.listen_error(gateway.host, port))
     if uses_ray and not is_local:
         yield from _examine_address(config.ray.address)
+    if tracing := config.tracing:
+        error = probes.connect_error(tracing.host, tracing.port)
+        yield checks.check_collector(tracing.endpoint, is_installed(), error)
     folder = Path(tempfile.gettempdir())
     yield checks.check_disk(folder, *probes.disk_bytes(folder))
     if uses_ray and is_local:

@@ -77,7 +77,7 @@ class ChoiceReader:
         self._in_reasoning = end_of_reasoning is not None
         self._has_calls = False
         self.num_tokens = self.num_reasoning = self.num_cached = 0
-        self.is_finished = False
+        self.reason: Reason | None = None  # why it is complete
 
     def push(self, token: Token) -> list[Delta | Finish]:
         """What a token makes certain."""
@@ -96,8 +96,8 @@ class ChoiceReader:
         if events or drawn:
             out.append(Delta(self._choice, events, drawn))
         if reason := "stop" if self._text.stopped else token.finish_reason:
-            self.is_finished = True
-            out.append(Finish(self._choice, "tool_calls" if self._has_calls and reason == "stop" else reason))
+            self.reason = "tool_calls" if self._has_calls and reason == "stop" else reason
+            out.append(Finish(self._choice, self.reason))
         return out
 
 
@@ -123,6 +123,7 @@ class Answer:
     ) -> None:
         self.uid, self.prompt_tokens = uid, prompt_tokens
         self.created = int(time.time())
+        self.first_token_seconds: float | None = None
         self._metrics, self._on_close = metrics, on_close
         self._started = asyncio.get_running_loop().time()
         self._deadline = self._started + min(first_token_seconds, total_seconds)
@@ -140,6 +141,16 @@ class Answer:
         self._streams.append(stream)
         self._num_unfinished += 1
         self._pumps.append(asyncio.create_task(self._pump(stream, reader, entry)))
+
+    @property
+    def num_tokens(self) -> int:
+        """Drawn so far, all choices together."""
+        return sum(reader.num_tokens for reader in self._readers)
+
+    @property
+    def finish_reasons(self) -> list[Reason]:
+        """Of the choices that are complete."""
+        return [reader.reason for reader in self._readers if reader.reason]
 
     def __aiter__(self) -> "Answer":
         return self
@@ -184,13 +195,15 @@ class Answer:
         try:
             async for token in stream:
                 now = clock()
+                if self.first_token_seconds is None:
+                    self.first_token_seconds = now - self._started
                 observe(now - last)
                 last, observe = now, self._metrics.between_tokens.observe
                 entry.record(token.token_id)
                 self._metrics.answer_tokens.inc()
                 for event in reader.push(token):
                     await self._events.put(event)
-                if reader.is_finished:
+                if reader.reason:
                     break
         except Exception as error:
             await self._events.put(as_refusal(error))
@@ -205,6 +218,6 @@ class Answer:
         return Usage(
             self.prompt_tokens,
             cached,
-            sum(reader.num_tokens for reader in self._readers),
+            self.num_tokens,
             sum(reader.num_reasoning for reader in self._readers),
         )

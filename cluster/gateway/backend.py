@@ -1,5 +1,6 @@
 """What the gateway asks of whoever runs the model. One process or a cluster: the same seam."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from model.config import ModelConfig
 from model.tokenizer import Tokenizer
 from workers.load import WorkerLoad
 from workers.sequence import Request, Token
+from workers.stages import Stages
 from workers.wire import WorkerStatus
 
 
@@ -72,8 +74,17 @@ class TokenStream(Protocol):
         ...
 
 
+OnStages = Callable[[str, Stages], None]
+"""Told by a worker, by name, what a request that is `traced` went through there, once it has ended there."""
+
+
 class Backend(Protocol):
-    """Runs requests."""
+    """Runs requests.
+
+    `on_stages` is called in the event loop, also after the end of an answer.
+    """
+
+    on_stages: OnStages
 
     @property
     def facts(self) -> ModelFacts: ...

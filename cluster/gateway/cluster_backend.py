@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from cluster.directory import Directory, DirectorySource, WorkerEntry
-from cluster.gateway.backend import ModelFacts, Parts, WorkerReport
+from cluster.gateway.backend import ModelFacts, OnStages, Parts, WorkerReport
 from cluster.gateway.errors import ExpertsLost, Overloaded, Refusal, ReplicaLost, StepFailed
 from cluster.gateway.errors import Kind as RefusalKind
 from cluster.gateway.stream import QueuedStream
@@ -18,6 +18,7 @@ from cluster.router import NoRoute, Router
 from model.errors import RequestError
 from workers.load import WorkerLoad
 from workers.sequence import Request, Token
+from workers.stages import Stages
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.message import MalformedMessage, Message, TransportError
 from workers.transport.protocol import Address, Deadline, DeadlineExceeded, PeerLost, Received
@@ -107,6 +108,7 @@ class ClusterBackend:
     ) -> None:
         self._facts, self._endpoint, self._router = facts, endpoint, router
         self._ask, self._limits = directory, limits
+        self.on_stages: OnStages = lambda worker, stages: None
         self.directory = Directory()
         self._streams: dict[str, ClusterStream] = {}
         self._met: dict[str, _Met] = {}
@@ -246,6 +248,8 @@ class ClusterBackend:
                     self._fail([failed.uid], _as_error(failed))
                 case Kind.STATUS:
                     self._router.report(name, unpack(WorkerStatus, message))
+                case Kind.STAGES:
+                    self.on_stages(name, unpack(Stages, message))
                 case _:
                     raise MalformedMessage(f"kind {message.kind}")
         except MalformedMessage as error:

@@ -14,8 +14,10 @@ from cluster.gateway.errors import Kind, Overloaded, Refusal
 from cluster.gateway.journal import Journal
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.replay import ReplayedStream
+from cluster.gateway.tracing import NoTracing, RequestSpan, Tracing
 from model.chat.encoding import encode_chat
 from model.chat.markup import END_THINK
+from model.sampling_params import SamplingParams
 from model.tokenizer import Detokenizer
 from workers.answer import ChatAnswer, TextAnswer
 from workers.sequence import Request
@@ -47,12 +49,18 @@ class Gateway:
         backend: who runs the model.
         model: the name that clients call it by.
         budgets: limits of time and room.
+        tracing: told of every request; None where nobody wants to know.
     """
 
-    def __init__(self, backend: Backend, model: str, budgets: Budgets) -> None:
+    def __init__(
+        self, backend: Backend, model: str, budgets: Budgets, tracing: Tracing | None = None
+    ) -> None:
         self.backend, self.model = backend, model
         self._budgets = budgets
         self.metrics = Metrics()
+        self.tracing = tracing or NoTracing()
+        self.tracing.on_dropped = self.metrics.dropped_spans.inc
+        backend.on_stages = self.tracing.stages
         self.journal = Journal(budgets.journal_tokens)
         self.created = int(time.time())
         self.is_draining = False
@@ -77,7 +85,7 @@ class Gateway:
                 Kind.NO_MODEL, f"there is no model {shown!r} here; this server has {self.model!r}", "model"
             )
 
-    async def chat(self, call: ChatCall, tenant: str) -> Answer:
+    async def chat(self, call: ChatCall, tenant: str, span: RequestSpan) -> Answer:
         """Accepts a conversation, or refuses it.
 
         Raises:
@@ -97,9 +105,10 @@ class Gateway:
             text = ChatAnswer(facts.encoding, facts.tokenizer, request, in_reasoning=prompt.in_reasoning)
             return ChoiceReader(choice, text, self._end_of_reasoning if prompt.in_reasoning else None)
 
-        return await self._open(call, "messages", ids, self._budgets.default_max_tokens, tenant, reader)
+        params = self._params(call, "messages", len(ids), self._budgets.default_max_tokens)
+        return await self._open(params, ids, tenant, reader, span)
 
-    async def complete(self, call: CompletionCall, tenant: str) -> Answer:
+    async def complete(self, call: CompletionCall, tenant: str, span: RequestSpan) -> Answer:
         """Accepts a prompt to continue, or refuses it.
 
         Raises:
@@ -120,7 +129,7 @@ class Gateway:
         def reader(choice: int, request: Request) -> ChoiceReader:
             return ChoiceReader(choice, TextAnswer(Detokenizer(facts.tokenizer), request), None)
 
-        return await self._open(call, "prompt", ids, 16, tenant, reader)
+        return await self._open(self._params(call, "prompt", len(ids), 16), ids, tenant, reader, span)
 
     async def encode(self, text: str) -> list[int]:
         """Ids of a raw prompt, BOS first. The model's markup counts in it: all of it is one sender's."""
@@ -146,25 +155,30 @@ class Gateway:
             raise Overloaded("the server is shutting down; send the request again", retry_after=5.0)
 
     async def _open(
-        self, call: Call, field: str, ids: list[int], default: int, tenant: str, make_reader: _MakeReader
+        self, params: SamplingParams, ids: list[int], tenant: str, make_reader: _MakeReader, span: RequestSpan
     ) -> Answer:
-        params = replace(call.params, max_tokens=self._longest_answer(call, field, len(ids), default))
         uid = secrets.token_hex(12)
         on_close = ExitStack()
         answer = Answer(
             uid, len(ids), self.metrics, on_close=on_close,
             first_token_seconds=self._budgets.first_token_seconds, total_seconds=self._budgets.total_seconds,
         )  # fmt: skip
+        span.opened(answer)
         try:
             for choice in range(params.n):
-                request = Request(f"{uid}-{choice}", tuple(ids), params, tenant=tenant, choice=choice)
+                request = Request(
+                    f"{uid}-{choice}", tuple(ids), params, tenant, choice, traced=span.is_sampled
+                )
                 entry = on_close.enter_context(self.journal.entry(request, self.backend.facts.digest))
-                stream = await ReplayedStream(self.backend, entry, self.metrics).open()
+                stream = await ReplayedStream(self.backend, entry, self.metrics, span).open()
                 answer.read(stream, make_reader(choice, request), entry)
         except BaseException:
             await answer.aclose()
             raise
         return answer
+
+    def _params(self, call: Call, field: str, num_prompt: int, default: int) -> SamplingParams:
+        return replace(call.params, max_tokens=self._longest_answer(call, field, num_prompt, default))
 
     def _longest_answer(self, call: Call, field: str, num_prompt: int, default: int) -> int:
         context = self.backend.facts.context

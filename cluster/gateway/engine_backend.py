@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 
-from cluster.gateway.backend import ModelFacts, Parts, WorkerReport
+from cluster.gateway.backend import ModelFacts, OnStages, Parts, WorkerReport
 from cluster.gateway.errors import (
     ExpertsLost,
     Kind,
@@ -21,10 +21,11 @@ from cluster.gateway.errors import (
     as_refusal,
 )
 from cluster.gateway.stream import QueuedStream
-from workers.dispatch import DispatchError
+from workers.dispatch import DispatchError, DispatchStats
 from workers.engine import Engine, NumericalFailure
 from workers.load import WorkerLoad
 from workers.sequence import Request, Token
+from workers.stages import StageClock, Stages
 from workers.transport.message import TransportError
 from workers.wire import WorkerStatus
 
@@ -35,6 +36,8 @@ _MAX_FAILURES = 3
 
 # Experts that went away come back.
 _NOT_THE_ENGINES_FAULT = (DispatchError, TransportError)
+
+_NAME = "engine"  # of the only worker
 
 _Order = Callable[[], None]
 
@@ -55,15 +58,24 @@ class EngineBackend:
         facts: of its model.
         max_waiting: requests that may wait for their first token; more are refused.
         max_unread: tokens that a reader may be behind before its request is cancelled.
+        dispatch: of the engine's experts, where they are elsewhere.
     """
 
     def __init__(
-        self, engine: Engine, facts: ModelFacts, *, max_waiting: int = 64, max_unread: int = 4096
+        self,
+        engine: Engine,
+        facts: ModelFacts,
+        *,
+        max_waiting: int = 64,
+        max_unread: int = 4096,
+        dispatch: DispatchStats | None = None,
     ) -> None:
         self._engine, self._facts = engine, facts
         self._max_waiting, self._max_unread = max_waiting, max_unread
         self._streams: dict[str, EngineStream] = {}
+        self.on_stages: OnStages = lambda worker, stages: None
         self._held: set[str] = set()  # what the engine has; the thread's own
+        self._stages = StageClock(dispatch)  # the thread's own, too
         self._orders: list[_Order] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -136,7 +148,7 @@ class EngineBackend:
             hit_tokens=engine.num_hit_tokens,
             prompt_tokens=engine.num_prompt_tokens,
         )
-        report = WorkerReport("engine", "this process", socket.gethostname(), os.getpid(), status)
+        report = WorkerReport(_NAME, "this process", socket.gethostname(), os.getpid(), status)
         return Parts(0, (report,), ())
 
     # In the event loop
@@ -166,6 +178,9 @@ class EngineBackend:
                 _settle(stream.accepted, error)
                 stream.queue.put_nowait(error)
 
+    def _tell_stages(self, stages: Stages) -> None:
+        self.on_stages(_NAME, stages)
+
     def _fail_all(self, error: Exception) -> None:
         self._fail(list(self._streams), error)
 
@@ -174,11 +189,12 @@ class EngineBackend:
     def _run(self) -> None:
         failures = 0
         while self._obey():
+            self._stages.step_begins()
             try:
-                tokens = self._engine.step()
+                tokens = self._engine.step(None if self._stages.is_idle else self._stages.on_layer)
             except NumericalFailure as error:
                 _log.error("%s", error)
-                self._held.difference_update(error.uids)
+                self._let_go(error.uids)
                 self._call(self._fail, error.uids, as_refusal(error))
             except Exception as error:
                 _log.exception("a step of the engine failed")
@@ -191,8 +207,9 @@ class EngineBackend:
                     return
             else:
                 failures = 0
-                self._held.difference_update(token.uid for token in tokens if token.finish_reason)
+                self._stages.step_ends(tokens)
                 self._call(self._deliver, tokens)
+                self._let_go(token.uid for token in tokens if token.finish_reason)
         for uid in list(self._held):
             self._drop(uid)
 
@@ -216,11 +233,19 @@ class EngineBackend:
             self._call(_settle, stream.accepted, error)
         else:
             self._held.add(request.uid)
+            self._stages.arrived(request)
             self._call(_settle, stream.accepted, None)
 
     def _drop(self, uid: str) -> None:
-        self._held.discard(uid)
         self._engine.cancel(uid)
+        self._let_go([uid])
+
+    def _let_go(self, uids: Iterable[str]) -> None:
+        """The engine has done with these."""
+        for uid in uids:
+            self._held.discard(uid)
+            if stages := self._stages.end(uid):
+                self._call(self._tell_stages, stages)
 
     def _give_up(self, error: Exception) -> None:
         """Fails every request that the engine has, and frees their pages."""

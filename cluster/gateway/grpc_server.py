@@ -19,6 +19,7 @@ from cluster.gateway.core import Gateway
 from cluster.gateway.errors import Kind, Refusal, as_refusal
 from cluster.gateway.grpc_errors import abort
 from cluster.gateway.grpc_messages import chat_call_of, chat_response, completion_call_of, text_response
+from cluster.gateway.tracing import RequestSpan
 from cluster.proto.eightfold.v1 import eightfold_pb2 as pb
 from cluster.proto.eightfold.v1 import eightfold_pb2_grpc as pb_grpc
 
@@ -155,25 +156,25 @@ class Servicer:
         """Continues a prompt."""
         with_logprobs = request.sampling.HasField("logprobs")
 
-        async def open_(tenant: str) -> Answer:
-            return await self._gateway.complete(completion_call_of(request), tenant)
+        async def open_(tenant: str, span: RequestSpan) -> Answer:
+            return await self._gateway.complete(completion_call_of(request), tenant, span)
 
         def response(answer: Answer, event: AnswerEvent) -> pb.GenerateResponse:
             return text_response(f"cmpl-{answer.uid}", event, with_logprobs=with_logprobs)
 
-        await self._stream(context, open_, response)
+        await self._stream(context, "Generate", open_, response)
 
     async def Chat(self, request: pb.ChatRequest, context: grpc.aio.ServicerContext) -> None:
         """Answers a conversation."""
         with_logprobs = request.sampling.HasField("logprobs")
 
-        async def open_(tenant: str) -> Answer:
-            return await self._gateway.chat(chat_call_of(request), tenant)
+        async def open_(tenant: str, span: RequestSpan) -> Answer:
+            return await self._gateway.chat(chat_call_of(request), tenant, span)
 
         def response(answer: Answer, event: AnswerEvent) -> pb.ChatResponse:
             return chat_response(f"chatcmpl-{answer.uid}", event, with_logprobs=with_logprobs)
 
-        await self._stream(context, open_, response)
+        await self._stream(context, "Chat", open_, response)
 
     async def Models(self, request: pb.ModelsRequest, context: grpc.aio.ServicerContext) -> pb.ModelsResponse:
         """What is served here."""
@@ -208,14 +209,17 @@ class Servicer:
     async def _stream(
         self,
         context: grpc.aio.ServicerContext,
-        open_: Callable[[str], Awaitable[Answer]],
+        method: str,
+        open_: Callable[[str, RequestSpan], Awaitable[Answer]],
         response: Callable[[Answer, AnswerEvent], Any],
     ) -> None:
         """Opens an answer and sends its events; the call is accepted with the initial metadata."""
         request_id, delivered = _new_id(), 0
-        outcome = "cancelled"
+        metadata = context.invocation_metadata() or ()
+        facts = {"rpc.system": "grpc", "rpc.service": SERVICE, "rpc.method": method}
+        span, outcome = self._gateway.tracing.request(f"{SERVICE}/{method}", metadata, facts), "cancelled"
         try:
-            answer = await open_(tenant_of(self._keys, context.invocation_metadata()) or "")
+            answer = await open_(tenant_of(self._keys, metadata) or "", span)
             try:
                 await context.send_initial_metadata((("x-request-id", request_id),))
                 context.set_trailing_metadata((("x-request-id", request_id),))
@@ -231,6 +235,7 @@ class Servicer:
             await self._fail(context, error, request_id, delivered)
         finally:
             self._gateway.metrics.requests.labels("grpc", outcome).inc()
+            span.end(outcome)
 
     async def _fail(
         self, context: grpc.aio.ServicerContext, error: Exception, request_id: str, delivered: int

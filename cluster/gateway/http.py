@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
@@ -13,13 +13,14 @@ from cluster.gateway.answer import Answer, AnswerEvent, Usage
 from cluster.gateway.auth import ApiKeys
 from cluster.gateway.calls import Call, chat_call, completion_call
 from cluster.gateway.core import Gateway
-from cluster.gateway.errors import Kind, Overloaded, Refusal
+from cluster.gateway.errors import Kind, Overloaded, Refusal, as_refusal
 from cluster.gateway.http_guard import ClientGone, Guard, HttpLimits, WrongMethod, read_body
 from cluster.gateway.metrics import CONTENT_TYPE
 from cluster.gateway.openai_format import ChatFormat, CompletionFormat, Format, Json, usage_json
 from cluster.gateway.openapi import PREFIXES, openapi
 from cluster.gateway.status import ClusterStatus
 from cluster.gateway.strict_json import parse_object
+from cluster.gateway.tracing import RequestSpan
 
 # Bodies up to this size are parsed in the event loop: a thread would cost more than they do.
 _SMALL_BODY = 64 * 1024
@@ -30,7 +31,9 @@ _STREAM_HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
-_Open = Callable[[Json, str], Awaitable[tuple[Call, Answer, type[Format]]]]
+T = TypeVar("T")
+
+_Open = Callable[[Json, str, RequestSpan], Awaitable[tuple[Call, Answer, type[Format]]]]
 
 
 def http_app(gateway: Gateway, keys: ApiKeys, limits: HttpLimits, version: str) -> ASGIApp:
@@ -56,17 +59,17 @@ def http_app(gateway: Gateway, keys: ApiKeys, limits: HttpLimits, version: str) 
 
 
 def _open_chat(gateway: Gateway) -> _Open:
-    async def open_(body: Json, tenant: str) -> tuple[Call, Answer, type[Format]]:
+    async def open_(body: Json, tenant: str, span: RequestSpan) -> tuple[Call, Answer, type[Format]]:
         call = chat_call(body)
-        return call, await gateway.chat(call, tenant), ChatFormat
+        return call, await gateway.chat(call, tenant, span), ChatFormat
 
     return open_
 
 
 def _open_completion(gateway: Gateway) -> _Open:
-    async def open_(body: Json, tenant: str) -> tuple[Call, Answer, type[Format]]:
+    async def open_(body: Json, tenant: str, span: RequestSpan) -> tuple[Call, Answer, type[Format]]:
         call = completion_call(body)
-        return call, await gateway.complete(call, tenant), CompletionFormat
+        return call, await gateway.complete(call, tenant, span), CompletionFormat
 
     return open_
 
@@ -80,34 +83,44 @@ class AnswerRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
             raise WrongMethod("POST")
+        path = scope["path"]
+        facts = {"http.request.method": "POST", "http.route": path}
+        span, outcome = self._gateway.tracing.request(f"POST {path}", scope["headers"], facts), "cancelled"
         try:
             raw = await read_body(scope, receive, self._limits)
             # The client is watched from here on: whatever runs for it ends when it leaves.
-            await _unless_gone(receive, self._answer(raw, scope["state"]["tenant"], send))
+            outcome = await _unless_gone(receive, self._answer(raw, scope["state"]["tenant"], span, send))
+            self._count(outcome)
         except ClientGone:
-            self._gateway.metrics.requests.labels("http", "cancelled").inc()
+            self._count(outcome)
+        except Exception as error:  # the guard tells the client
+            outcome = as_refusal(error).row.code
+            raise
+        finally:
+            span.end(outcome)
 
-    async def _answer(self, raw: bytes, tenant: str, send: Send) -> None:
+    def _count(self, outcome: str) -> None:
+        self._gateway.metrics.requests.labels("http", outcome).inc()
+
+    async def _answer(self, raw: bytes, tenant: str, span: RequestSpan, send: Send) -> str:
+        """Answers; returns `ok`, or the code of the error that cut a stream."""
         body = parse_object(raw) if len(raw) <= _SMALL_BODY else await asyncio.to_thread(parse_object, raw)
-        call, answer, kind = await self._open(body, tenant)
+        call, answer, kind = await self._open(body, tenant, span)
         try:
             form = kind(
                 answer, self._gateway.model, self._gateway.fingerprint, self._gateway.backend.facts.tokenizer,
                 logprobs=call.params.logprobs is not None, n=call.params.n,
             )  # fmt: skip
             if call.stream:
-                is_complete = await self._stream(answer, form, call.include_usage, send)
-            else:
-                whole = form.body([event async for event in answer])
-                await JSONResponse(whole)({"type": "http"}, _never, send)
-                is_complete = True
+                return await self._stream(answer, form, call.include_usage, send)
+            whole = form.body([event async for event in answer])
+            await JSONResponse(whole)({"type": "http"}, _never, send)
+            return "ok"
         finally:
             await answer.aclose()
-        if is_complete:
-            self._gateway.metrics.requests.labels("http", "ok").inc()
 
-    async def _stream(self, answer: Answer, form: Format, include_usage: bool, send: Send) -> bool:
-        """Sends events; returns whether the answer came to its end.
+    async def _stream(self, answer: Answer, form: Format, include_usage: bool, send: Send) -> str:
+        """Sends events; returns `ok`, or the code of the error that kept the answer from its end.
 
         Nothing is sent before the first event, or one keep-alive period, so that a refusal that comes early
         can still be a status. A stream that breaks ends with an error event and without its last chunk,
@@ -122,13 +135,12 @@ class AnswerRoute:
                 )
                 event = await self._next(answer)
         except Refusal as refusal:
-            self._gateway.metrics.requests.labels("http", refusal.row.code).inc()
             await _send_chunk(send, _data(refusal.body()))
-            return False
+            return refusal.row.code
         last = _data((form.chunk(event) or {}) | {"usage": usage_json(event)}) if include_usage else ""
         await _send_chunk(send, f"{last}data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-        return True
+        return "ok"
 
     async def _next(self, answer: Answer) -> AnswerEvent | None:
         """The next event; None after a while without one."""
@@ -155,7 +167,7 @@ async def _send_chunk(send: Send, text: str) -> None:
         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Runs `work` to its end, or cancels it as soon as the client closes its connection."""
     working = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnect(receive))
@@ -163,7 +175,7 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientGone
-        await working
+        return await working
     finally:
         for task in (working, gone):
             task.cancel()

@@ -49,6 +49,10 @@ class Metrics:
             "eightfold_unknown_fields", "Fields of requests that nobody knows; they had no effect.",
             registry=self._registry,
         )  # fmt: skip
+        self.dropped_spans = Counter(
+            "eightfold_dropped_spans", "Spans of traced requests that no collector has got.",
+            registry=self._registry,
+        )  # fmt: skip
 
     def page(self, status: "ClusterStatus") -> bytes:
         """All of them in the text format of Prometheus, with what the status says."""

@@ -14,6 +14,7 @@ from cluster.gateway.backend import Backend, TokenStream
 from cluster.gateway.errors import ExpertsLost, Overloaded, Refusal, ReplicaLost, StepFailed
 from cluster.gateway.journal import JournalEntry
 from cluster.gateway.metrics import Metrics
+from cluster.gateway.tracing import RequestSpan
 from workers.sequence import Token
 
 _log = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ class ReplayedStream:
     It waits for workers as long as its reader does: whoever reads has a deadline, and ends it by `aclose`.
     """
 
-    def __init__(self, backend: Backend, entry: JournalEntry, metrics: Metrics) -> None:
-        self._backend, self._entry, self._metrics = backend, entry, metrics
+    def __init__(self, backend: Backend, entry: JournalEntry, metrics: Metrics, span: RequestSpan) -> None:
+        self._backend, self._entry, self._metrics, self._span = backend, entry, metrics, span
         self._stream: TokenStream | None = None
         self._num_replays = self._num_lost = self._num_failed = 0
         self._num_prompt_cached: int | None = None
@@ -42,6 +43,7 @@ class ReplayedStream:
         Raises:
             Refusal, RequestError: as `Backend.generate`; nobody else is asked.
         """
+        self._span.sent(self._entry.request)
         self._stream = await self._backend.generate(self._entry.request)
         return self
 
@@ -84,6 +86,7 @@ class ReplayedStream:
         await asyncio.sleep(_PAUSES[min(self._num_replays, len(_PAUSES) - 1)])
         self._num_replays += 1
         request = self._entry.resumed(f"{self._entry.request.uid}-{self._num_replays}")
+        self._span.sent(request)
         _log.warning("%s: run again after %d tokens", request.uid, request.num_resumed)
         while True:
             try:

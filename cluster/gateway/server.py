@@ -16,6 +16,7 @@ from cluster.gateway.core import Gateway
 from cluster.gateway.grpc_server import GrpcLimits, GrpcServer
 from cluster.gateway.http import http_app
 from cluster.gateway.http_protocol import protocol_class
+from cluster.gateway.tracing import Tracing
 
 _BACKLOG = 1024
 _SEND_BUFFER = 512 * 1024
@@ -31,13 +32,21 @@ class GatewayServer:
         model: the name that clients call it by.
         config: where to listen, who may come in.
         version: of this program.
+        tracing: told of every request; None where nobody wants to know. Whoever made it closes it.
 
     Raises:
         ConfigError: an address is taken or is none of this machine, or a TLS file does not serve.
     """
 
-    def __init__(self, backend: Backend, model: str, config: GatewaySection, version: str) -> None:
-        self.gateway = Gateway(backend, model, config.limits.budgets())
+    def __init__(
+        self,
+        backend: Backend,
+        model: str,
+        config: GatewaySection,
+        version: str,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self.gateway = Gateway(backend, model, config.limits.budgets(), tracing)
         self._config = config
         keys = ApiKeys(config.api_key_hashes)
         http_limits = config.limits.http()

@@ -1,5 +1,6 @@
 """NetworkPolicies: nothing comes in or goes out but by the table of ports."""
 
+import ipaddress
 from typing import Any
 
 from cluster.render.pods import PodFacts, labels
@@ -54,6 +55,9 @@ def network_policies(facts: PodFacts) -> list[dict[str, Any]]:
         port = int(kubernetes.redis.address.rpartition(":")[2])
         egress = [{"to": to, "ports": [{"protocol": "TCP", "port": port}]}]
         found.append(_policy(facts, "redis", "head", egress=egress))
+    if tracing := facts.config.tracing:
+        egress = [{"to": _collector(tracing.host), "ports": [{"protocol": "TCP", "port": tracing.port}]}]
+        found.append(_policy(facts, "tracing", "gateways", egress=egress))
     return found
 
 
@@ -85,6 +89,22 @@ def _policy(
 
 def _namespace(name: str) -> dict[str, Any]:
     return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+
+
+def _collector(host: str) -> list[dict[str, Any]]:
+    """Where traces go: a Service by its name in the cluster, or else an address, or any, for names of hosts
+    outside are nothing to a policy.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        service = host.removesuffix(".").removesuffix(".cluster.local")
+        if "." not in service:
+            return [{"podSelector": {}}]
+        if service.endswith(".svc"):
+            return [_namespace(service.split(".")[-2])]
+        return _ANYWHERE
+    return [{"ipBlock": {"cidr": f"{address}/{address.max_prefixlen}"}}]
 
 
 def _dns(platform: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cluster.config import ClusterConfig
 from cluster.gateway.cluster_backend import ClusterBackend
 from cluster.gateway.server import GatewayServer
 from cluster.launch import start_backend
+from cluster.telemetry.start import start_tracing
 
 SECONDS = 120.0  # for anything at all
 
@@ -27,11 +28,12 @@ class Cluster:
         self.server, self.backend = server, backend
         self.url = f"http://127.0.0.1:{server.http_port}"
 
-    def complete(self, prompt_ids: tuple[int, ...], **options: Any) -> httpx2.Response:
+    def complete(
+        self, prompt_ids: tuple[int, ...], headers: dict[str, str] | None = None, **options: Any
+    ) -> httpx2.Response:
         body = {"model": "demo", "prompt": list(prompt_ids), "temperature": 0, "ignore_eos": True}
-        return httpx2.post(
-            f"{self.url}/v1/completions", json=body | options, timeout=SECONDS, trust_env=False
-        )
+        url = f"{self.url}/v1/completions"
+        return httpx2.post(url, json=body | options, headers=headers, timeout=SECONDS, trust_env=False)
 
     def pid(self, title: str) -> int:
         """A process of this cluster whose title contains a text."""
@@ -69,13 +71,15 @@ def running(config: ClusterConfig | None = None) -> Iterator[Cluster]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     with ExitStack() as stack:
+        tracing = start_tracing(config.tracing, "demo", "test")
+        stack.callback(tracing.close)
         backend = start_backend(config, stack, lambda _: None)
         assert isinstance(backend, ClusterBackend)
 
         async def start() -> GatewayServer:
             backend.start()
             await backend.wait_until_ready(SECONDS)
-            server = GatewayServer(backend, "demo", config.gateway, "test")
+            server = GatewayServer(backend, "demo", config.gateway, "test", tracing)
             await server.start()
             return server
 

@@ -12,9 +12,13 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from cluster.commands.serve import EMBEDDED
+from cluster.config import ClusterConfig
+from cluster.telemetry.section import TracingSection
 from model.tokenizer import Tokenizer
 from tests.checkpoints import DEMO
 from tests.cluster.clusters import Cluster, running, wait_until
+from tests.cluster.telemetry.collector import Collector, collecting, facts
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # Ray warns of much
 
@@ -25,8 +29,15 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with running() as cluster:
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def cluster(collector: Collector) -> Iterator[Cluster]:
+    tracing = TracingSection(endpoint=collector.url, sample=0.0)
+    with running(ClusterConfig.load(EMBEDDED).model_copy(update={"tracing": tracing})) as cluster:
         yield cluster
 
 
@@ -59,6 +70,27 @@ def test_turn_two_of_a_chat_finds_the_pages_that_decode_made(cluster: Cluster) -
     answers_rightly(cluster, "lookup_300")
     second = cluster.complete((*prompt_ids, *output_ids), max_tokens=8).json()
     assert second["usage"]["prompt_cache_hit_tokens"] > len(prompt_ids)
+
+
+def test_a_request_is_one_trace_across_all_roles(cluster: Cluster, collector: Collector) -> None:
+    trace_id, name = "0af7651916cd43dd8448eb211c80319c", "POST /v1/completions"
+    prompt_ids = (7, *PROMPTS["lookup_300"][0])
+    headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+    assert cluster.complete(prompt_ids, headers, max_tokens=8).status_code == 200
+    wait_until(lambda: len(collector.of_trace(trace_id)) == 6, 10)
+    trace = collector.of_trace(trace_id)
+    assert trace.keys() == {name, "route", "queue", "prefill", "hand_over", "decode"}
+    assert {span.parent_span_id for span in trace.values() if span.name != name} == {trace[name].span_id}
+    told = {span.name: facts(span) for span in trace.values()}
+    roles = {entry.address.name: entry.role for entry in cluster.backend.directory.workers}
+    where = [roles[told[stage]["eightfold.worker"]] for stage in ("queue", "prefill", "hand_over", "decode")]
+    assert where == ["prefill", "prefill", "prefill", "decode"]
+    assert told["hand_over"]["eightfold.bytes"] > 0
+    assert told["decode"]["eightfold.tokens"] == 7
+    for stage in ("prefill", "decode"):  # these experts are other processes
+        seconds = (trace[stage].end_time_unix_nano - trace[stage].start_time_unix_nano) / 1e9
+        assert 0 < told[stage]["eightfold.experts_seconds"] < seconds
+    assert {span.trace_id.hex() for span in collector.spans} == {trace_id}  # nobody asked for the others
 
 
 def test_choices_share_the_prompt_s_pages(cluster: Cluster) -> None:

@@ -40,6 +40,14 @@ def test_paths_start_from_the_file(tmp_path: Path) -> None:
     assert config.gateway.tls.key == tmp_path / "k.pem"
 
 
+def test_tracing_is_off_until_it_is_told_where_to_send(tmp_path: Path) -> None:
+    assert ClusterConfig().tracing is None
+    tracing = load(tmp_path, "tracing: {endpoint: 'https://[fd00::1]/base/'}").tracing
+    assert tracing
+    assert (tracing.endpoint, tracing.sample) == ("https://[fd00::1]/base", 0.01)
+    assert (tracing.host, tracing.port) == ("fd00::1", 443)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -76,6 +84,15 @@ def test_paths_start_from_the_file(tmp_path: Path) -> None:
         ("model: {weights: none}", "model.weights: is 'none'; it should be 'checkpoint' or 'random'"),
         ("model: {weights: random, layers: 0}", "model.layers: is 0"),
         ("model: {layers: 3}", "layers: goes with weights random only"),
+        ("tracing: {}", "tracing.endpoint: is missing"),
+        ("tracing: {endpoint: 'http://c:4318', headers: {}}", "tracing.headers: there is no such key"),
+        ("tracing: {endpoint: 'http://c:4318', sample: 1.5}", "tracing.sample: is 1.5"),
+        ("tracing: {endpoint: 'collector:4318'}", "it should be a URL such as http://collector:4318"),
+        ("tracing: {endpoint: 'grpc://c:4317'}", "it should be a URL such as http://collector:4318"),
+        ("tracing: {endpoint: 'http://c:99999'}", "tracing.endpoint: is no URL"),
+        ("tracing: {endpoint: 'ftp://me:secret@c'}", "holds a user or a password"),
+        ("tracing: {endpoint: 'http://c:4318?key=1'}", "it should end with its host, port or path"),
+        ("tracing: {endpoint: 'http://c:4318/v1/traces/'}", "leave /v1/traces out, it is added"),
         ("engine: {chunk: 1, chunk: 2}", "'chunk' stands twice in line 1"),
         ("a: &x [1]\nb: *x", "aliases are not used here in line 2"),
         ("a: !!python/object/apply:os.system [ls]", "is not YAML that can be used"),

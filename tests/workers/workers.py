@@ -13,6 +13,7 @@ from workers.engine import Engine, EngineConfig
 from workers.local import LocalModel
 from workers.page_ways import Ways
 from workers.sequence import Request, Token
+from workers.stages import Stages
 from workers.transport.config import EndpointConfig
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.limits import Limits
@@ -120,6 +121,7 @@ class Client:
     status: dict[str, WorkerStatus] = field(default_factory=dict)
     keys: dict[str, set[str]] = field(default_factory=dict)
     heard_from: dict[str, set[str]] = field(default_factory=dict)
+    stages: dict[str, Stages] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
 
     def meet(self, *workers: Worker) -> None:
@@ -158,6 +160,9 @@ class Client:
                 self.failed[failed.uid] = failed
             case Kind.STATUS:
                 self._note(event.peer.name, unpack(WorkerStatus, event.message))
+            case Kind.STAGES:
+                stages = unpack(Stages, event.message)
+                self.stages[stages.uid] = stages
 
     def _note(self, name: str, status: WorkerStatus) -> None:
         keys = set() if status.is_full else self.keys[name]

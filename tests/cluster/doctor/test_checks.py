@@ -112,6 +112,16 @@ def test_a_ray_that_nobody_started() -> None:
     assert "ray start" in checks.check_ray_address("10.0.0.1:6379", "Connection refused").cure
 
 
+@pytest.mark.parametrize(
+    ("is_installed", "error", "level"),
+    [(True, None, "ok"), (True, "Connection refused", "warning"), (False, None, "problem")],
+)
+def test_a_collector(is_installed: bool, error: str | None, level: str) -> None:
+    finding = checks.check_collector("http://collector:4318", is_installed, error)
+    assert finding.level == level
+    assert bool(finding.cure) == (level != "ok")
+
+
 def test_weights_of_all_processes_are_those_of_the_model() -> None:
     model = ModelConfig.load(DEMO)
     alone = demands(ClusterConfig.model_validate({"engine": {"tokens": 6400}}), model)

@@ -36,6 +36,17 @@ def test_one_process_is_looked_at_in_lines(tmp_path: Path, capsys: pytest.Captur
     assert not any("Ray" in line for line in lines)
 
 
+def test_a_collector_that_is_away_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        endpoint = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        text = f"gateway: {{http_port: 0, grpc_port: 0}}\ntracing: {{endpoint: '{endpoint}'}}"
+        code, found = examined(capsys, description(tmp_path, f"{text}\nengine: {{tokens: 8192}}"))
+    assert code == 0
+    assert found["tracing"]["level"] == "warning"
+    assert endpoint in found["tracing"]["found"]
+
+
 def test_a_cluster_of_its_own_needs_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     roles = "prefill: {tokens: 8192}\ndecode: {tokens: 8192}\n"
     path = description(tmp_path, f"{roles}gateway: {{http_port: 0, grpc_port: 0}}\n")

@@ -76,4 +76,5 @@ def a_full_page() -> str:
     metrics.prompt_tokens.labels("hit").inc(64)
     metrics.answer_tokens.inc()
     metrics.unknown_fields.inc()
+    metrics.dropped_spans.inc()
     return metrics.page(a_status()).decode()

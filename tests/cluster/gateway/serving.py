@@ -16,6 +16,7 @@ from cluster.gateway.backend import Backend, ModelFacts
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.gateway.server import GatewayServer
 from cluster.proto.eightfold.v1.eightfold_pb2_grpc import InferenceServiceStub
+from cluster.telemetry.start import start_tracing
 from model.text import load_text
 from tests.checkpoints import DEMO
 from workers.engine import Engine
@@ -83,10 +84,11 @@ def in_thread(
     ready: list[Served] = []
     is_up, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
+    tracing = start_tracing(config.tracing, "demo", "test")
 
     async def life() -> None:
         async with started as backend:
-            server = GatewayServer(backend, "demo", config.gateway, "test")
+            server = GatewayServer(backend, "demo", config.gateway, "test", tracing)
             await server.start()
             ready.append(Served(server, engine, loop))
             is_up.set()
@@ -111,6 +113,7 @@ def in_thread(
     finally:
         loop.call_soon_threadsafe(stop.set)
         serving.join(30)
+        tracing.close()
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def stopped(demo: LocalModel, patch: pytest.MonkeyPatch) -> Iterator[Served]:
 
 @contextmanager
 def failing(demo: LocalModel, patch: pytest.MonkeyPatch) -> Iterator[Served]:
-    def step() -> Any:
+    def step(on_layer: Any) -> Any:
         raise RuntimeError("/secret/path")
 
     with serve(demo, config()) as served:
@@ -301,7 +301,7 @@ def broken_later(demo: LocalModel, patch: pytest.MonkeyPatch) -> Iterator[tuple[
     with serve(demo, config()) as served:
         steps = [served.engine.step, served.engine.step]
 
-        def fail() -> Any:
+        def fail(on_layer: Any) -> Any:
             step = steps.pop()
             if not steps:
                 patch.setattr(served.engine, "step", step)

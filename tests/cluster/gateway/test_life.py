@@ -106,11 +106,11 @@ class Failing:
         self._step, self.times = served.engine.step, 0
         monkeypatch.setattr(served.engine, "step", self)
 
-    def __call__(self) -> Any:
+    def __call__(self, on_layer: Any) -> Any:
         if self.times:
             self.times -= 1
             raise RuntimeError("secret internal detail")
-        return self._step()
+        return self._step(on_layer)
 
 
 def test_an_engine_that_fails_a_step_runs_its_requests_again(

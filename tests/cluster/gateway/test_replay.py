@@ -13,6 +13,7 @@ from cluster.gateway.errors import ExpertsLost, Overloaded, ReplicaLost, StepFai
 from cluster.gateway.journal import Journal
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.replay import ReplayedStream
+from cluster.gateway.tracing import NoTracing
 from model.errors import RequestError
 from model.sampling_params import SamplingParams
 from tests.checkpoints import DEMO
@@ -48,7 +49,7 @@ def undisturbed(model: LocalModel, request: Request) -> list[Token]:
 @asynccontextmanager
 async def replayed(backend: Backend, request: Request, metrics: Metrics) -> AsyncIterator["Reader"]:
     with Journal(10_000).entry(request, "digest") as entry:
-        stream = await ReplayedStream(backend, entry, metrics).open()
+        stream = await ReplayedStream(backend, entry, metrics, NoTracing()).open()
         try:
             yield Reader(stream, entry.record)
         finally:

@@ -7,6 +7,7 @@ each other; `SECURITY` what a hostile network and a hostile pod must not find.
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -292,8 +293,12 @@ def only_clients_come_from_anywhere(documents: list[Document]) -> Iterator[str]:
                     yield f"{name}: from anywhere"
 
 
-def only_the_head_goes_out(documents: list[Document]) -> Iterator[str]:
-    """To addresses that are no pods': the head, to Kubernetes' own API."""
+def only_what_is_written_goes_out(documents: list[Document]) -> Iterator[str]:
+    """To addresses that are no pods': the head, to Kubernetes' own API, and gateways to a collector."""
+    description = yaml.safe_load(of_kind(documents, "ConfigMap")[0]["data"]["cluster.yaml"])
+    collector = urlsplit(description.get("tracing", {}).get("endpoint", ""))
+    usual = {"http": 80, "https": 443}.get(collector.scheme)
+    allowed = {"head": {443, 6443}, "gateways": {collector.port or usual}}
     for policy in of_kind(documents, "NetworkPolicy"):
         spec = policy["spec"]
         for rule in spec.get("egress", []):
@@ -302,7 +307,7 @@ def only_the_head_goes_out(documents: list[Document]) -> Iterator[str]:
                 yield f"{name}: any port or anywhere"
             elif any("ipBlock" in peer for peer in rule["to"]):
                 role = spec["podSelector"]["matchLabels"].get("eightfold/role")
-                if role != "head" or {port["port"] for port in rule["ports"]} != {443, 6443}:
+                if {port["port"] for port in rule["ports"]} != allowed.get(role):
                     yield f"{name}: {rule['ports']}"
 
 
@@ -326,6 +331,6 @@ SECURITY: tuple[Rule, ...] = (
     token_is_on, nobody_is_root, root_is_read_only, what_is_written_is_scratch, capabilities_are_dropped,
     nothing_escalates, calls_are_filtered, hosts_are_not_shared, only_the_autoscaler_has_an_api_token,
     resources_have_limits, images_are_pinned, secrets_are_references, namespace_is_restricted,
-    everything_is_denied_first, only_clients_come_from_anywhere, only_the_head_goes_out,
+    everything_is_denied_first, only_clients_come_from_anywhere, only_what_is_written_goes_out,
     every_role_has_a_budget,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from cluster.config import ClusterConfig, ConfigError
 from cluster.render.groups import groups
 from cluster.render.manifests import render
 from cluster.render.ports import called_by, ports
+from tests.cluster.render.rules import only_what_is_written_goes_out
 from tests.cluster.render.test_rules import EXAMPLES, documents
 
 ROOT = Path(__file__).parents[3]
@@ -168,6 +169,37 @@ def test_every_port_that_is_open_is_in_the_table() -> None:
     assert called_by(table, "operator", "head") == [{"protocol": "TCP", "port": 8265}]
     runs = sorted((port.first, port.last) for port in table)
     assert all(last < first for (_, last), (first, _) in pairwise(runs))
+
+
+OUTSIDE = [{"ipBlock": {"cidr": "0.0.0.0/0"}}, {"ipBlock": {"cidr": "::/0"}}]
+NAMESPACE = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "seen"}}}]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "to", "port"),
+    [
+        ("http://collector:4318", [{"podSelector": {}}], 4318),
+        ("http://collector.seen.svc:4318", NAMESPACE, 4318),
+        ("http://collector.seen.svc.cluster.local.", NAMESPACE, 80),
+        ("http://10.1.2.3:4318", [{"ipBlock": {"cidr": "10.1.2.3/32"}}], 4318),
+        ("http://[fd00::1]:4318", [{"ipBlock": {"cidr": "fd00::1/128"}}], 4318),
+        ("https://otlp.example.com/base", OUTSIDE, 443),
+    ],
+)
+def test_traces_go_to_their_collector_and_nowhere_else(endpoint: str, to: list[Any], port: int) -> None:
+    before, after = (
+        [d for text in render(config).values() for d in yaml.safe_load_all(text)]
+        for config in (described(), described(tracing={"endpoint": endpoint}))
+    )
+    names = [d["metadata"]["name"] for d in before]
+    (added,) = [d for d in after if d["kind"] == "NetworkPolicy" and d["metadata"]["name"] not in names]
+    spec = added["spec"]
+    assert spec["podSelector"]["matchLabels"]["eightfold/role"] == "gateways"
+    assert spec["policyTypes"] == ["Egress"]
+    assert spec["egress"] == [{"to": to, "ports": [{"protocol": "TCP", "port": port}]}]
+    assert list(only_what_is_written_goes_out(after)) == []
+    spec["podSelector"]["matchLabels"]["eightfold/role"] = "decode"
+    assert bool(list(only_what_is_written_goes_out(after))) == ("ipBlock" in str(to))
 
 
 def test_the_documentation_lists_the_ports() -> None:

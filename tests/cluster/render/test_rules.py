@@ -147,10 +147,10 @@ BREACHES: list[tuple[Rule, Callable[[list[Document]], Any]]] = [
         lambda d: policy(d, "gateways")["ingress"][0]["ports"].append({"protocol": "TCP", "port": 6379}),
     ),
     (
-        rules.only_the_head_goes_out,
+        rules.only_what_is_written_goes_out,
         lambda d: policy(d, "cluster")["egress"][0]["to"].append({"ipBlock": {"cidr": "0.0.0.0/0"}}),
     ),
-    (rules.only_the_head_goes_out, lambda d: policy(d, "dns")["egress"][0].pop("ports")),
+    (rules.only_what_is_written_goes_out, lambda d: policy(d, "dns")["egress"][0].pop("ports")),
     (rules.every_role_has_a_budget, lambda d: without(d, "PodDisruptionBudget", "-decode")),
 ]
 
