@@ -16,12 +16,13 @@ class Request:
     `uid` is unique among the open requests of an engine. Cached pages are shared within a `tenant` only.
     `choice` says which of the `n` answers to one prompt this is; each of them is a request of its own.
     Where an earlier run was cut off, the last `num_resumed` of the `prompt_ids` are the answer so far.
+    What is the client's alone does not show where a request is printed.
     """
 
     uid: str
-    prompt_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...] = field(repr=False)
     params: SamplingParams
-    tenant: str = ""
+    tenant: str = field(default="", repr=False)
     choice: int = 0
     num_resumed: int = 0
 

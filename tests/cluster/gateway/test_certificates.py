@@ -113,7 +113,6 @@ def test_a_new_certificate_is_served_and_open_streams_go_on(
     served: Served, mount: Mount, authority: Authority
 ) -> None:
     context = ssl.create_default_context(cafile=str(authority.file))
-    url = served.url.replace("http://", "https://")
     certificates = served.server.certificates
     assert certificates
     chat = pb.ChatRequest(
@@ -122,7 +121,9 @@ def test_a_new_certificate_is_served_and_open_streams_go_on(
     )  # fmt: skip
     with (
         httpx2.Client(verify=context, trust_env=False, timeout=30) as client,
-        client.stream("POST", f"{url}/v1/chat/completions", json={**ENDLESS, "max_tokens": 60}) as response,
+        client.stream(
+            "POST", f"{served.url}/v1/chat/completions", json={**ENDLESS, "max_tokens": 60}
+        ) as response,
         stub(served, authority) as over_grpc,
     ):
         lines = response.iter_lines()
@@ -137,7 +138,7 @@ def test_a_new_certificate_is_served_and_open_streams_go_on(
             assert shown(port, authority, protocol, host=None) == serial(new[0])
         assert list(lines)[-2:] == ["data: [DONE]", ""]
         assert list(call)[-1].usage.completion_tokens == 60
-        page = client.get(f"{url}/metrics").text
+        page = client.get(f"{served.url}/metrics").text
     assert 'eightfold_certificate_reloads_total{outcome="ok"} 1.0' in page
     expiry = x509.load_pem_x509_certificate(new[0]).not_valid_after_utc.timestamp()
     assert float(page.split('expiry_timestamp_seconds{file="tls.crt"} ')[1].split()[0]) == expiry
@@ -298,8 +299,9 @@ def test_old_tls_and_weak_ciphers_are_refused(served: Served, authority: Authori
 
 def test_clear_text_is_refused_and_does_not_hang(served: Served) -> None:
     started = time.perf_counter()
+    host_and_port = served.url.removeprefix("https://")
     with pytest.raises(httpx2.TransportError):
-        httpx2.get(f"{served.url}/readyz", trust_env=False, timeout=20)
+        httpx2.get(f"http://{host_and_port}/readyz", trust_env=False, timeout=20)
     with grpc.insecure_channel(served.target) as channel, pytest.raises(grpc.RpcError) as caught:
         health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
