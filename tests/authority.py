@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 HOSTS = ("localhost", "127.0.0.1")
+# As every certificate names a place that lists what is revoked; nobody asks there.
+_LIST = x509.DistributionPoint([x509.UniformResourceIdentifier("http://localhost/ca.crl")], None, None, None)
 
 
 class Authority:
@@ -41,6 +43,7 @@ class Authority:
         built = self._builder(name, key, days)
         for extension, critical in (
             (x509.SubjectAlternativeName([_host(host) for host in hosts]), False),
+            (x509.CRLDistributionPoints([_LIST]), False),
             (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
             (x509.BasicConstraints(ca=False, path_length=None), True),
             (usage, True),

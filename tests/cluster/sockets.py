@@ -78,10 +78,11 @@ def unlisted(
 
 
 def _process(title: str, known: Iterable[str]) -> str:
-    """The name in the list of a command line: `ray::Name...`, or the program or script it runs."""
+    """The name in the list of a command line: a class of Ray's or ours, or the program or script that it runs."""
     words = title.split()
-    names = {words[0].split(":prefill")[0].split(":decode")[0]} if words else set()
-    names |= {Path(word).name for word in words[:3]}
+    names = {Path(word).name for word in words[:3]}
+    if title.startswith("ray::"):  # with names of actors, deployments and methods around the class
+        names |= {f"ray::{word}" for word in re.findall(r"\w+", words[0])}
     return next((name for name in known if name in names), title)
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.sockets import listening, unlisted, written
+from tests.checkpoints import DEMO
+from tests.cluster.gateway.serving import serve
+from tests.cluster.sockets import Socket, listening, unlisted, written
+from workers.local import LocalModel, ModelOptions
 
 LISTED = [
     ("127.0.0.1", "gateway"),
@@ -79,6 +82,32 @@ def test_a_process_that_nobody_knows_is_found() -> None:
     with listener("127.0.0.1"):
         found = listening([os.getpid()])
         assert unlisted(found, 0, [], "/session")
+
+
+def test_one_process_listens_at_its_two_ports() -> None:
+    before = listening([os.getpid()])
+    with serve(LocalModel(DEMO, ModelOptions())) as served:
+        mine = [found for found in listening([os.getpid()]) if found not in before]
+        at = {("127.0.0.1", served.server.http_port), ("127.0.0.1", served.server.grpc_port)}
+    assert {(found.address, found.port) for found in mine} == at
+    assert unlisted(mine, os.getpid(), at, "/session") == []
+
+
+@pytest.mark.parametrize(
+    ("title", "allowed"),
+    [
+        ("ray::supervisor:Supervisor.directory", 1),
+        ("ray::ServeReplica:decode:decode", 1),
+        ("ray::AttentionActor.run()", 1),
+        ("/usr/bin/python -u /ray/autoscaler/_private/monitor.py --logs-dir=/x", 1),
+        ("/ray/core/src/ray/raylet/raylet --raylet_socket_name=/x", 2),
+        ("ray::Stranger", 0),
+        ("/usr/bin/python -m http.server", 0),
+    ],
+)
+def test_a_process_is_known_by_its_title(title: str, allowed: int) -> None:
+    sockets = [Socket(1, title, "tcp", "127.0.0.1", port) for port in (1, 2, 3)]
+    assert len(unlisted(sockets, 0, [], "/session")) == 3 - allowed
 
 
 def test_only_one_socket_is_open_to_other_machines() -> None:
