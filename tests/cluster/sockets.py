@@ -78,7 +78,7 @@ def unlisted(
 
 
 def _process(title: str, known: Iterable[str]) -> str:
-    """The name in the list of a command line: a class of Ray's or ours, or the program or script that it runs."""
+    """The name in the list of a command line: a class of Ray's or ours, or a program or script."""
     words = title.split()
     names = {Path(word).name for word in words[:3]}
     if title.startswith("ray::"):  # with names of actors, deployments and methods around the class
