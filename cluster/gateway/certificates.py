@@ -8,7 +8,7 @@ import asyncio
 import logging
 import ssl
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -61,8 +61,8 @@ class Certificate:
         expires: in seconds since 1970.
     """
 
-    chain: bytes
-    key: bytes
+    chain: bytes = field(repr=False)
+    key: bytes = field(repr=False)
     names: tuple[str, ...]
     expires: float
 
@@ -71,7 +71,7 @@ def read_certificate(files: TlsSection) -> tuple[Certificate, ssl.SSLContext]:
     """What stands in the files, and a server's context that serves it.
 
     Raises:
-        CertificateError: it cannot be served; expired ones are told from others by `expires` alone.
+        CertificateError: it cannot be served. Whether it has expired is for the caller to judge.
     """
     for _ in range(_READ_TRIES):
         before = _contents(files)
@@ -134,7 +134,7 @@ def _context(files: TlsSection) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(_CIPHERS)
     context.set_alpn_protocols(["http/1.1"])
-    # No resumption: the key of its tickets would live as long as this process, and outlive a certificate.
+    # No session tickets: their key would live as long as this process, and outlive certificates.
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
     context.num_tickets = 0
     try:

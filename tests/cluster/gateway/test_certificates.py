@@ -259,6 +259,7 @@ def test_files_that_change_while_they_are_read_are_read_again(
     certificate, _ = read_certificate(mount.tls)
     assert certificate.chain == new[0]
     assert certificate.names == ("localhost", "127.0.0.1")
+    assert "PRIVATE KEY" not in repr(certificate)
 
 
 def test_the_files_are_looked_at_again_and_again(mount: Mount, authority: Authority) -> None:
