@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import httpx2
 import grpc
+import httpx2
 import pytest
 import ray
 
