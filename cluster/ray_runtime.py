@@ -8,20 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from ipaddress import ip_address
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # objects are not our data plane
 
 
 @contextmanager
 def ray_settings() -> Iterator[None]:
-    """Settings of Ray and of OpenMP, inherited by the processes that Ray starts from here."""
+    """Settings of Ray and of OpenMP, for this process and those that Ray starts from here."""
     settings = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps every address on loopback
-        # Ray's processes listen on every interface, and whoever may talk to them runs code in them. Ray turns
-        # token authentication on where a token is there and nobody has chosen a mode.
+        # Whoever may talk to Ray's processes runs code in them, and all users of this machine reach loopback.
+        # Ray turns token authentication on where a token is there and nobody has chosen a mode.
         "RAY_AUTH_TOKEN": _auth_token(),
         "RAY_gcs_server_port_wait_time_s": "60",  # its first process starts slowly on a busy machine
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -30,9 +32,12 @@ def ray_settings() -> Iterator[None]:
     before = {key: os.environ.get(key) for key in (*settings, "RAY_AUTH_MODE")}
     os.environ.pop("RAY_AUTH_MODE", None)
     os.environ.update(settings)
+    # This process has imported Ray, which reads the first of them then: what we set comes too late for it.
+    allowed, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         yield
     finally:
+        ray_constants.ENABLE_RAY_CLUSTER = allowed
         for key, value in before.items():
             if value is None:
                 os.environ.pop(key, None)
@@ -61,9 +66,15 @@ def local_ray(num_cpus: int) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 _temp_dir=path,
             )
+            _check_loopback(own_host())
             yield
         finally:
             ray.shutdown()
+
+
+def _check_loopback(host: str) -> None:
+    if not ip_address(host).is_loopback:
+        raise RuntimeError(f"this version of Ray listens at {host}, where others reach it; use 2.60")
 
 
 @cache  # Ray reads it once in a process

@@ -17,12 +17,13 @@ class Request:
     `choice` says which of the `n` answers to one prompt this is; each of them is a request of its own.
     Where an earlier run was cut off, the last `num_resumed` of the `prompt_ids` are the answer so far.
     Whoever runs one that is `traced` says afterwards where its time went (`stages.py`).
+    What is the client's alone does not show where a request is printed.
     """
 
     uid: str
-    prompt_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...] = field(repr=False)
     params: SamplingParams
-    tenant: str = ""
+    tenant: str = field(default="", repr=False)
     choice: int = 0
     num_resumed: int = 0
     traced: bool = False

@@ -15,6 +15,10 @@ _TIGHT = 0.8  # of memory: prompts and answers take some as well
 _SOCKET_BYTES = 107
 _SESSION_BYTES = len("/eightfold-12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 _HOPPER = (9, 0)
+DAY_SECONDS = 86400
+EXPIRY_DAYS = 14  # as the alert has it
+_ANY_ADDRESS = ("0.0.0.0", "::")
+_NOT_FOR_KEYS = 0o027
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,47 @@ def check_checkpoint(directory: Path, found: str, error: EightfoldError | None) 
         cure = f"copy it again from its source; `eightfold inspect {directory}` checks every value"
         return Finding("checkpoint", "problem", str(error), limit, cure)
     return Finding("checkpoint", "ok", f"{directory.name}: {found}", limit)
+
+
+def check_certificate(expires: float, now: float) -> Finding:
+    """Whether a certificate that goes with its key is good for long enough to be renewed in peace."""
+    days, limit = (expires - now) / DAY_SECONDS, f"not expired, {EXPIRY_DAYS} days left"
+    cure = "renew it and replace the files; a gateway that runs takes them over by itself"
+    if days <= 0:
+        return Finding("certificate", "problem", f"expired {-days:.1f} days ago", limit, cure)
+    found = f"expires in {days:.1f} days"
+    if days < EXPIRY_DAYS:
+        return Finding("certificate", "warning", found, limit, cure)
+    return Finding("certificate", "ok", found, limit)
+
+
+def check_bad_certificate(problem: str) -> Finding:
+    """Of files that cannot be served; `problem` names the file."""
+    limit = "a chain in PEM that begins with the server's own certificate, and its key, not encrypted"
+    cure = "correct gateway.tls.certificate and gateway.tls.key, or issue both anew"
+    return Finding("certificate", "problem", problem, limit, cure)
+
+
+def check_names(names: tuple[str, ...], host: str) -> Finding:
+    """Whether clients that connect to the gateway's own address find it in the certificate."""
+    found = f"for {', '.join(names) or 'no name'}"
+    if host in _ANY_ADDRESS and names:  # whatever leads here has a name that nobody can know
+        return Finding("certificate names", "ok", found, "the names that clients use")
+    limit = "the names that clients use" if host in _ANY_ADDRESS else f"{host}, or the names that clients use"
+    if host in names:
+        return Finding("certificate names", "ok", found, limit)
+    cure = "issue it for every name and address that clients connect to (subject alternative names)"
+    return Finding("certificate names", "warning", found, limit, cure)
+
+
+def check_key_mode(name: str, mode: int) -> Finding:
+    """Whether only its owner and group can read a key; `mode` is that of the file."""
+    found, limit = f"{name} has mode {mode:04o}", "nothing for others, no writing for the group"
+    if mode & _NOT_FOR_KEYS:
+        return Finding(
+            "key file", "warning", found, limit, f"chmod 600 {name} (defaultMode of a Secret: 0440)"
+        )
+    return Finding("key file", "ok", found, limit)
 
 
 def check_clock(now: float, newest: float, is_synchronised: bool | None) -> Finding:

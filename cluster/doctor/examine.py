@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.config import ClusterConfig, room
+from cluster.config import ClusterConfig, TlsSection, room
 from cluster.doctor import checks, probes
 from cluster.doctor.checks import Demand
 from cluster.doctor.finding import Finding
 from cluster.doctor.packages import check_ray, probe_ray
+from cluster.gateway.certificates import CertificateError, read_certificate
 from cluster.telemetry.start import is_installed
 from model.checkpoint import Checkpoint, all_but_routed_experts, everything, is_duplicate, routed_experts
 from model.config import ModelConfig
@@ -33,6 +34,8 @@ def examine(config: ClusterConfig) -> Iterator[Finding]:
         yield check_ray(probe_ray())
     for name, port in (("http_port", gateway.http_port), ("grpc_port", gateway.grpc_port)):
         yield checks.check_port(name, gateway.host, port, probes.listen_error(gateway.host, port))
+    if gateway.tls:
+        yield from _examine_certificate(gateway.tls, gateway.host)
     if uses_ray and not is_local:
         yield from _examine_address(config.ray.address)
     if tracing := config.tracing:
@@ -50,6 +53,17 @@ def examine(config: ClusterConfig) -> Iterator[Finding]:
         return
     yield checks.check_checkpoint(config.model.directory, found, None)
     yield from _examine_room(config, model, is_local or not uses_ray)
+
+
+def _examine_certificate(files: TlsSection, host: str) -> Iterator[Finding]:
+    try:
+        certificate, _ = read_certificate(files)
+    except CertificateError as error:
+        yield checks.check_bad_certificate(str(error))
+        return
+    yield checks.check_certificate(certificate.expires, time.time())
+    yield checks.check_names(certificate.names, host)
+    yield checks.check_key_mode(files.key.name, probes.mode_of(files.key))
 
 
 def _open(config: ClusterConfig) -> tuple[ModelConfig, str]:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import socket
+import stat
 from pathlib import Path
 
 import torch
@@ -44,18 +45,23 @@ def available_bytes() -> int:
     try:
         most = (_CGROUP / "memory.max").read_text().strip()
         taken = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except OSError:  # no cgroups of version 2
         return machine
     if most == "max":
         return machine
-    return min(machine, int(most) - taken + int(stat["inactive_file"]))
+    return min(machine, int(most) - taken + int(counts["inactive_file"]))
 
 
 def disk_bytes(folder: Path) -> tuple[int, int]:
     """Free and in all, of the file system that a folder is on."""
     usage = shutil.disk_usage(folder)
     return usage.free, usage.total
+
+
+def mode_of(path: Path) -> int:
+    """Who may do what with a file, or with what a link leads to."""
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def gpus() -> list[Gpu]:

@@ -73,17 +73,17 @@ class Call:
 class ChatCall(Call):
     """A conversation to answer."""
 
-    messages: tuple[Message, ...]
-    tools: tuple[Tool, ...] = ()
+    messages: tuple[Message, ...] = field(repr=False)
+    tools: tuple[Tool, ...] = field(default=(), repr=False)
     thinking: bool = False
-    schema: Mapping[str, Any] | None = None
+    schema: Mapping[str, Any] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionCall(Call):
     """A text, or token ids, to continue."""
 
-    prompt: str | tuple[int, ...]
+    prompt: str | tuple[int, ...] = field(repr=False)
 
 
 def chat_call(body: Mapping[str, Any]) -> ChatCall:

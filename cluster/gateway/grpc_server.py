@@ -32,11 +32,12 @@ _MAX_STREAMS = 200
 
 @dataclass(frozen=True)
 class GrpcLimits:
-    """How large a message may be, and how long one may wait to be read."""
+    """How large a message may be, how long one may wait to be read, and how long a TLS handshake may take."""
 
     message_bytes: int = 4 * 2**20
     metadata_bytes: int = 32 * 2**10
     send_seconds: float = 30.0
+    handshake_seconds: float = 10.0
 
 
 class GrpcServer:
@@ -62,6 +63,7 @@ class GrpcServer:
                 ("grpc.max_metadata_size", limits.metadata_bytes),
                 ("grpc.absolute_max_metadata_size", limits.metadata_bytes),
                 ("grpc.max_concurrent_streams", _MAX_STREAMS),
+                ("grpc.server_handshake_timeout_ms", round(1000 * limits.handshake_seconds)),
                 (
                     "grpc.so_reuseport",
                     0,

@@ -5,7 +5,7 @@ What workers count is in `status_metrics.py`; docs/metrics.md has both, a questi
 
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from cluster.gateway.status_metrics import StatusMetrics
 
@@ -52,6 +52,16 @@ class Metrics:
         self.dropped_spans = Counter(
             "eightfold_dropped_spans", "Spans of traced requests that no collector has got.",
             registry=self._registry,
+        )  # fmt: skip
+        self.certificate_expiry = Gauge(
+            "eightfold_certificate_expiry_timestamp_seconds",
+            "When the certificate that is served expires, since 1970, by its file.",
+            ["file"], registry=self._registry,
+        )  # fmt: skip
+        self.certificate_reloads = Counter(
+            "eightfold_certificate_reloads",
+            "Changed certificates: served (ok), or not fit to be (failed, counted at each look).",
+            ["outcome"], registry=self._registry,
         )  # fmt: skip
 
     def page(self, status: "ClusterStatus") -> bytes:

@@ -4,14 +4,13 @@ import asyncio
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import grpc
 import uvicorn
 
-from cluster.config import ConfigError, GatewaySection, TlsSection
+from cluster.config import ConfigError, GatewaySection
 from cluster.gateway.auth import ApiKeys
 from cluster.gateway.backend import Backend
+from cluster.gateway.certificates import CertificateError, Certificates
 from cluster.gateway.core import Gateway
 from cluster.gateway.grpc_server import GrpcLimits, GrpcServer
 from cluster.gateway.http import http_app
@@ -50,6 +49,7 @@ class GatewayServer:
         self._config = config
         keys = ApiKeys(config.api_key_hashes)
         http_limits = config.limits.http()
+        self.certificates = self._read_certificates()
         self._socket = _listen(config.host, config.http_port)
         self.http_port: int = self._socket.getsockname()[1]
         try:
@@ -63,23 +63,24 @@ class GatewayServer:
                     # Headers beyond our own limit still get an answer that says so, up to twice the limit.
                     h11_max_incomplete_event_size=2 * http_limits.header_bytes,
                     timeout_graceful_shutdown=1, backlog=_BACKLOG,
-                    ssl_certfile=config.tls.certificate if config.tls else None,
-                    ssl_keyfile=config.tls.key if config.tls else None,
-                )
+                ),
+                http_limits.header_seconds,
             )  # fmt: skip
             self._http.config.load()
-        except (OSError, ValueError) as error:
-            self._socket.close()
-            raise ConfigError("gateway", "tls", f"cannot be used: {error}") from None
+            if self.certificates:
+                self._http.config.ssl = self.certificates.http_context
         except BaseException:
             self._socket.close()
             raise
         self.grpc_port = self._grpc.port
         self._serving: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Serves from here on."""
         self._serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
+        if self.certificates:
+            self._watching = asyncio.create_task(self.certificates.watch())
         await self._grpc.start()
         while not self._http.started:
             await asyncio.sleep(0.01)
@@ -107,11 +108,21 @@ class GatewayServer:
 
     async def stop(self) -> None:
         """Closes both servers; what is still open is cut."""
+        if self._watching:
+            self._watching.cancel()
         self._http.should_exit = True
         await self._grpc.stop(grace=0.5)
         if self._serving:
             await self._serving
         self._socket.close()
+
+    def _read_certificates(self) -> Certificates | None:
+        if not self._config.tls:
+            return None
+        try:
+            return Certificates(self._config.tls, self.gateway.metrics)
+        except CertificateError as error:
+            raise ConfigError("gateway", "tls", f"cannot be used: {error}") from None
 
     def _grpc_server(self, keys: ApiKeys) -> GrpcServer:
         config, limits = self._config, self._config.limits
@@ -120,9 +131,11 @@ class GatewayServer:
             return GrpcServer(
                 self.gateway,
                 keys,
-                GrpcLimits(limits.body_bytes, limits.header_bytes, limits.send_seconds),
+                GrpcLimits(
+                    limits.body_bytes, limits.header_bytes, limits.send_seconds, limits.header_seconds
+                ),
                 f"{host}:{config.grpc_port}",
-                _credentials(config.tls) if config.tls else None,
+                self.certificates.grpc_credentials if self.certificates else None,
             )
         except RuntimeError:
             problem = (
@@ -132,6 +145,35 @@ class GatewayServer:
 
 
 class _Server(uvicorn.Server):
+    """uvicorn's, on sockets that listen already.
+
+    Args:
+        config: of uvicorn.
+        handshake_seconds: what a TLS handshake may take; uvicorn leaves asyncio's minute.
+    """
+
+    def __init__(self, config: uvicorn.Config, handshake_seconds: float) -> None:
+        super().__init__(config)
+        self._handshake_seconds = handshake_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        config, loop = self.config, asyncio.get_running_loop()
+        await self.lifespan.startup()
+
+        def protocol() -> asyncio.Protocol:
+            return config.http_protocol_class(  # type: ignore[call-arg]
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        limit = self._handshake_seconds if config.ssl else None
+        self.servers = [
+            await loop.create_server(
+                protocol, sock=one, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=limit
+            )
+            for one in sockets or ()
+        ]
+        self.started = True
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are the command's business."""
@@ -155,14 +197,3 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError("gateway", "http_port", problem) from None
     listener.setblocking(False)
     return listener
-
-
-def _credentials(tls: TlsSection) -> grpc.ServerCredentials:
-    return grpc.ssl_server_credentials([(_read(tls.key), _read(tls.certificate))])
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError("gateway", "tls", f"{path.name}: {error.strerror}") from None

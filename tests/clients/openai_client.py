@@ -142,6 +142,14 @@ def check_time_and_broken_streams(at: dict[str, openai.OpenAI]) -> None:
     assert broken.code == "timeout"
 
 
+def check_clear_text(at: dict[str, openai.OpenAI]) -> None:
+    """Where the gateway speaks TLS, who does not is told so at once, or cut off."""
+    secure = str(at["open"].base_url)
+    if secure.startswith("https://"):
+        clear = at["open"].with_options(base_url=secure.replace("https://", "http://"), timeout=20.0)
+        refused(openai.APIConnectionError, lambda: clear.models.list())
+
+
 def refused(kind: type[openai.APIError], call: Callable[[], Any]) -> Any:
     try:
         call()

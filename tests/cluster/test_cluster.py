@@ -9,15 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import grpc
 import httpx2
 import pytest
+import ray
 
 from cluster.commands.serve import EMBEDDED
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, GatewaySection
+from cluster.supervisor import the_supervisor
 from cluster.telemetry.section import TracingSection
 from model.tokenizer import Tokenizer
 from tests.checkpoints import DEMO
-from tests.cluster.clusters import Cluster, running, wait_until
+from tests.cluster.canary import Canary, everything_logged, files, heard
+from tests.cluster.clusters import SECONDS, Cluster, running, wait_until
+from tests.cluster.sockets import listening, unlisted
 from tests.cluster.telemetry.collector import Collector, collecting, facts
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # Ray warns of much
@@ -114,6 +119,50 @@ def said(response: httpx2.Response) -> tuple[str, int]:
     assert response.status_code == 200, response.text
     usage = response.json()["usage"]
     return response.json()["choices"][0]["text"], usage["completion_tokens"]
+
+
+def test_nobody_listens_who_is_not_on_the_list(cluster: Cluster) -> None:
+    answers_rightly(cluster, "chat")
+    gateway = {("127.0.0.1", port) for port in (cluster.server.http_port, cluster.server.grpc_port)}
+    sockets = listening(cluster.pids)
+    assert unlisted(sockets, os.getpid(), gateway, cluster.session) == []
+    assert {socket.at(cluster.session, gateway) for socket in sockets} >= {"gateway", "loopback", "every"}
+    for socket in sockets:
+        if socket.at(cluster.session, gateway) == "every":  # Serve's own
+            with (
+                grpc.insecure_channel(f"127.0.0.1:{socket.port}") as channel,
+                pytest.raises(grpc.RpcError) as caught,
+            ):
+                channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=SECONDS)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+
+
+def test_no_prompt_key_or_secret_is_in_any_log(
+    cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    canary, log = Canary(), tmp_path / "log"
+    shared = ray.get(the_supervisor().secrets.remote(), timeout=SECONDS)
+    songs = {
+        **canary.songs(),
+        "Ray's token": os.environ["RAY_AUTH_TOKEN"],
+        "the peers' token": shared.token,
+        "the peers' token in hex": shared.token.hex(),
+        "the pages' key": shared.pages,
+        "the pages' key in hex": shared.pages.hex(),
+    }
+    gateway = GatewaySection(http_port=0, grpc_port=0, api_key_hashes=(canary.key_hash,))
+    with everything_logged(log), cluster.another_gateway(gateway) as server:
+        url = f"http://127.0.0.1:{server.http_port}"
+        canary.send(url, f"127.0.0.1:{server.grpc_port}")
+        wait_until(lambda: cluster.pages_in_use == 0, 30)
+        pages = {path: text.encode() for path, text in canary.pages(url).items()}
+    said = capfd.readouterr()
+    texts = {"log": log.read_bytes(), "stdout": said.out.encode(), "stderr": said.err.encode(), **pages}
+    of_ray = files(Path(cluster.session))
+    assert any("worker" in name and name.endswith((".out", ".err")) for name in of_ray), (
+        "Ray's logs are elsewhere"
+    )
+    assert heard(songs, {**texts, **of_ray}) == []
 
 
 def expert(cluster: Cluster) -> int:

@@ -23,8 +23,12 @@ const ours = grpc.loadPackageDefinition(protoLoader.loadSync(where.proto, OPTION
 const common = protoLoader.loadFileDescriptorSetFromBuffer(fs.readFileSync(where.descriptors), OPTIONS);
 const theirs = grpc.loadPackageDefinition(common);
 
-function client(Service, target) {
-  return new Service(target, grpc.credentials.createInsecure());
+const CREDENTIALS = where.authority
+  ? grpc.credentials.createSsl(fs.readFileSync(where.authority))
+  : grpc.credentials.createInsecure();
+
+function client(Service, target, credentials = CREDENTIALS) {
+  return new Service(target, credentials);
 }
 
 function metadata(key) {
@@ -192,6 +196,16 @@ const checks = {
     await refusal(grpc.status.CANCELLED, async () => {
       for await (const event of call) if (event.delta) call.cancel();
     });
+  },
+
+  /** Where the gateway speaks TLS, who does not is cut off, and so is who does not trust it. */
+  async "a stranger's channel"() {
+    if (!where.authority) return;
+    for (const credentials of [grpc.credentials.createInsecure(), grpc.credentials.createSsl()]) {
+      const stub = client(ours.eightfold.v1.InferenceService, where.targets.open, credentials);
+      await refusal(grpc.status.UNAVAILABLE, () => unary(stub, "Models", {}));
+      stub.close();
+    }
   },
 
   async "error details"() {

@@ -107,6 +107,38 @@ def test_clock(now: float, synchronised: bool | None, level: str) -> None:
     assert checks.check_clock(now, 100, synchronised).level == level
 
 
+@pytest.mark.parametrize(("days", "level"), [(90, "ok"), (13, "warning"), (-1, "problem")])
+def test_a_certificate_has_time_left(days: int, level: str) -> None:
+    finding = checks.check_certificate(1e9 + days * 86400, 1e9)
+    assert finding.level == level
+    assert bool(finding.cure) == (level != "ok")
+
+
+def test_days_of_warning_are_those_of_the_alert() -> None:
+    alerts = (ROOT / "manifests" / "monitoring" / "alerts.yaml").read_text()
+    assert f"- time() < {checks.EXPIRY_DAYS} * {checks.DAY_SECONDS}" in alerts
+
+
+@pytest.mark.parametrize(
+    ("names", "host", "level"),
+    [
+        (("a.example", "10.0.0.1"), "10.0.0.1", "ok"),
+        (("a.example",), "127.0.0.1", "warning"),
+        (("a.example",), "0.0.0.0", "ok"),
+        ((), "::", "warning"),
+    ],
+)
+def test_a_certificate_names_who_is_asked(names: tuple[str, ...], host: str, level: str) -> None:
+    assert checks.check_names(names, host).level == level
+
+
+@pytest.mark.parametrize(
+    ("mode", "level"), [(0o600, "ok"), (0o440, "ok"), (0o644, "warning"), (0o660, "warning")]
+)
+def test_a_key_is_not_for_others(mode: int, level: str) -> None:
+    assert checks.check_key_mode("tls.key", mode).level == level
+
+
 def test_a_ray_that_nobody_started() -> None:
     assert checks.check_ray_address("10.0.0.1:6379", None).level == "ok"
     assert "ray start" in checks.check_ray_address("10.0.0.1:6379", "Connection refused").cure

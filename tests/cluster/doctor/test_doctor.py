@@ -11,6 +11,7 @@ import pytest
 
 from cluster.cli import EXIT_FAILED, EXIT_USER_ERROR, main
 from cluster.doctor import probes
+from tests.authority import Authority
 from tests.checkpoints import DEMO
 
 ROOT = Path(__file__).parents[3]
@@ -68,6 +69,25 @@ def test_a_taken_port_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["gateway.http_port"]["level"] == "problem"
     assert str(port) in found["gateway.http_port"]["cure"]
     assert found["gateway.grpc_port"]["level"] == "ok"
+
+
+def test_a_certificate_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain, key = Authority(tmp_path).issue(days=30)
+    (tmp_path / "tls.crt").write_bytes(chain)
+    (tmp_path / "tls.key").write_bytes(key)
+    (tmp_path / "tls.key").chmod(0o604)
+    tls = "tls: {certificate: tls.crt, key: tls.key}"
+    path = description(tmp_path, f"gateway: {{http_port: 0, grpc_port: 0, {tls}}}\n")
+    code, found = examined(capsys, path)
+    assert code == 0
+    assert found["certificate"]["found"].startswith(("expires in 30.0", "expires in 29.9"))
+    assert found["certificate names"]["level"] == "ok"
+    assert found["key file"]["level"] == "warning"
+    (tmp_path / "tls.key").write_bytes(Authority(tmp_path).issue()[1])
+    code, found = examined(capsys, path)
+    assert code == EXIT_FAILED
+    assert "tls.key: is not the key" in found["certificate"]["found"]
+    assert "key file" not in found
 
 
 def test_a_bad_checkpoint_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,4 +77,6 @@ def a_full_page() -> str:
     metrics.answer_tokens.inc()
     metrics.unknown_fields.inc()
     metrics.dropped_spans.inc()
+    metrics.certificate_expiry.labels("tls.crt").set(1.8e9)
+    metrics.certificate_reloads.labels("ok").inc()
     return metrics.page(a_status()).decode()

@@ -36,7 +36,8 @@ class Served:
 
     def __init__(self, server: GatewayServer, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         self.server, self.engine, self._loop = server, engine, loop
-        self.url = f"http://127.0.0.1:{server.http_port}"
+        scheme = "https" if server.certificates else "http"
+        self.url = f"{scheme}://127.0.0.1:{server.http_port}"
         self.target = f"127.0.0.1:{server.grpc_port}"
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:

@@ -1,11 +1,7 @@
-"""Keys: nothing but liveness and readiness without one, over both protocols; and TLS."""
+"""Keys: nothing but liveness and readiness without one, over both protocols."""
 
 import hashlib
-import shutil
-import ssl
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import httpx2
@@ -90,24 +86,3 @@ def test_a_tenant_is_its_key_s_hash() -> None:
     for wrong in (None, "", KEY, "Bearer", "Bearer ", f"Bearer {KEY}x", f"Token {KEY}", "Bearer \udcff"):
         assert keys.tenant(wrong) is None
     assert ApiKeys([]).tenant(None) == ""
-
-
-def test_tls_on_both_ports(demo: LocalModel, tmp_path: Path) -> None:
-    if not shutil.which("openssl"):
-        pytest.skip("needs the openssl command to make a certificate")
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost",
-         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
-        check=True, capture_output=True, timeout=30,
-    )  # fmt: skip
-    tls = {"certificate": str(certificate), "key": str(key)}
-    config = ClusterConfig.model_validate({"gateway": {"http_port": 0, "grpc_port": 0, "tls": tls}})
-    with serve(demo, config) as secure:
-        context = ssl.create_default_context(cafile=str(certificate))
-        url = secure.url.replace("http://", "https://")
-        assert httpx2.get(f"{url}/readyz", verify=context, trust_env=False).status_code == 200
-        credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
-        with grpc.secure_channel(secure.target, credentials) as channel:
-            assert InferenceServiceStub(channel).Models(pb.ModelsRequest(), timeout=10).models
