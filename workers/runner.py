@@ -177,7 +177,7 @@ class Runner:
 
     def draw(self, hidden: Tensor, rows: list[SampleRow]) -> Drawing:
         """Begin to draw a token behind each of the hidden states [R, D]."""
-        return Drawing(self._model.logits(hidden), rows)
+        return Drawing(self._model.logits(hidden), rows, backend=self._model.backend)
 
     def _forward(self, batch: Batch, on_layer: OnLayer | None, drafts: Tensor | None) -> HiddenRows:
         if self._graphs and batch.is_decode:

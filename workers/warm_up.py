@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 MOST_SECONDS = 90.0  # nothing is begun later; with kernels compiled before it takes a fraction
 _MOST_SEQUENCES = 256  # of a step that is recorded beforehand
 _FEWEST_ROWS = 16  # of a prompt: fewer run the same kernels
-# Greedy, from the whole vocabulary, from part of it.
+# Greedy, which alone is simpler, from the whole vocabulary, from part of it.
 _DRAWN = [
     SampleRow(SamplingParams(max_tokens=1, temperature=t, top_p=p), 0) for t, p in ((0, 1), (1, 1), (1, 0.9))
 ]
@@ -106,7 +106,8 @@ class WarmUp:
         hidden = self._model.forward(inputs, self._cache)
         if self._num_drafts:
             self._model.draft(inputs, hidden, self._cache)
-        self._draw(hidden[:1].expand(len(_DRAWN), -1).contiguous(), _DRAWN).wait()
+        for drawn in (_DRAWN[:1], _DRAWN):
+            self._draw(hidden[:1].expand(len(drawn), -1).contiguous(), drawn).wait()
 
     def _steps(self, graphs: DecodeGraphs) -> Iterator[Callable[[], None]]:
         """The likeliest steps, of each number of rows that a sequence may have in one."""
