@@ -3,6 +3,8 @@
 Peers are torch's own where it has the operation; the others have none of the same extent.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,8 @@ from benchmarks.kernels_inputs import (
 from kernels.fp8_quant import dequantize_reference
 
 _NOPE = 128
+_VOCAB = 129_280
+_DRAWN: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0}, "whole": {}, "top_p 0.95": {"top_p": 0.95}}
 _Q_RANK = 1536
 _ROUNDED = 4e-3
 
@@ -38,6 +42,7 @@ def cases() -> list[Case]:
         *(_latent_outputs(rows) for rows in (1, 32, 128)),
         *(_query_inputs(rows) for rows in (128, 4096)),
         *(_query_inputs(rows, absorb=True) for rows in (1, 32, 128)),
+        *(_draw(rows, kind) for rows in (1, 64, 256) for kind in _DRAWN),
     ]
 
 
@@ -62,6 +67,32 @@ def _gate(num_rows: int, num_outputs: int = 256) -> Case:
         make,
         recorded=("torch matmul (gate)", f"M{num_rows} N{num_outputs} K{HIDDEN}"),
     )
+
+
+def _draw(num_rows: int, kind: str) -> Case:
+    """Tokens from logits that are peaked as a model's. The error is the share of other tokens."""
+
+    def make(peers: Peers) -> Made:
+        from kernels.draw import DrawParams, draw_tokens
+        from model.sampling import SampleRow, sample
+        from model.sampling_params import SamplingParams
+
+        logits = 2 * torch.randn(num_rows, _VOCAB, generator=generator(), device="cuda")
+        logits[:, :: _VOCAB // 64] *= 4
+        p = SamplingParams(max_tokens=1, **_DRAWN[kind])
+        params = [DrawParams(p.temperature, p.top_k, p.top_p, p.min_p, 0, 0, i) for i in range(num_rows)]
+        expected = torch.tensor(sample(logits, [SampleRow(p, i) for i in range(num_rows)]).tokens)
+
+        def check(out: Tensor) -> float:
+            return float((out[0].cpu() != expected).double().mean())
+
+        def multinomial() -> Tensor:
+            return torch.multinomial(logits.softmax(-1), 1)
+
+        peer = {"greedy": lambda: logits.argmax(-1), "whole": multinomial}.get(kind)
+        return Made(lambda: draw_tokens(logits, params), check, 0.0, peer, False, "torch")
+
+    return Case("draw_tokens", f"R{num_rows} {kind}", 0.0, 4.0 * num_rows * _VOCAB, make)
 
 
 def _absorb(num_rows: int) -> Case:

@@ -30,6 +30,7 @@ from cluster.demo import OFFICIAL_671B
 from kernels.backend import Backend
 from kernels.bf16_gemm import bf16_gemm
 from kernels.dispatch_plan import dispatch_plan
+from kernels.linear import linear_fp32
 from kernels.quantize_rows import quantize_rows
 from model.attention import AttentionMode
 from model.checkpoint import Wanted, Weights
@@ -228,7 +229,7 @@ class LayerBench:
         x = torch.randn(point.num_rows, self._config.hidden_size, device=self._device).to(torch.bfloat16)
         if point.kind == "head":
             head = self._head
-            return lambda: bf16_gemm(x, head, out_dtype=torch.float32, backend=self._backend)
+            return lambda: linear_fp32(x, head, backend=self._backend)
         if point.kind == "dense_ffn":
             quantized = quantize_rows(x, backend=self._backend)
             return lambda: self._dense_ffn.forward(quantized)

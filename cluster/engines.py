@@ -21,6 +21,7 @@ from cluster.supervisor import NAME, NAMESPACE, Secrets, the_supervisor
 from model.config import ModelConfig
 from workers.actors import AttentionActor, AttentionActorConfig
 from workers.transport.protocol import Address
+from workers.warm_up import MOST_SECONDS as WARM_UP_SECONDS
 from workers.wire import Role, WorkerStatus
 
 _log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class EngineReplica:
         self._role: Role = role
         self._members += [_Member(self._start(config)) for config in self._configs]
         for member in self._members:
-            ray.get(member.start, timeout=START_SECONDS)
+            ray.get(member.start, timeout=START_SECONDS + WARM_UP_SECONDS)
         self._keeper = threading.Thread(target=self._keep, name="engine", daemon=True)
         self._keeper.start()
 

@@ -155,6 +155,8 @@ def _load_engine(config: ClusterConfig, experts: RemoteExperts | None, say: Say)
     engine = model.engine(config.engine.config(), num_tokens)
     context = min(longest, engine.pool.num_pages * PAGE_SIZE)
     say(f"loaded in {time.perf_counter() - started:.1f} s")
+    if warmed := engine.warm_up():
+        say(str(warmed))
     return EngineBackend(
         engine,
         ModelFacts(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from workers.wire import WorkerStatus
 
 _METER_SECONDS = 10.0  # what counters are measured over
-_WARM_STEPS = 10  # until then a worker compiles, records graphs and fills caches
+_WARM_STEPS = 10  # until then a worker fills caches, and compiles what its warm-up left over
 _MEMORY = 0.98  # of what was learned, each time something new is
 
 

@@ -1,6 +1,7 @@
 """Products in bf16 that stay unquantised: the gate, the indexer's head weights, and the absorbed products.
 
-`bf16_gemm`: y = x W^T with few outputs (256 and 64) and a long K, which is split over programs.
+`bf16_gemm`: y = x W^T with few outputs (256 and 64) and a long K, which is split over programs. It reads the
+weight once for every tile of rows: where outputs are many, `linear_fp32` is the one to use.
 `per_head_gemm`: y[:, h] = x[:, h] W[h]^T, queries into the latent space (128 -> 512) and its sums out of it.
 Both are one kernel: operands swapped, as in `fp8_gemm`'s decode form, since rows are few or outputs are.
 Shapes: T rows, K inputs, N outputs, H heads (1 in `bf16_gemm`), S splits of K.
@@ -18,9 +19,7 @@ from kernels.device import num_sms
 from kernels.split_sum import is_last_part, parts_of, split_counters, sum_of_parts
 
 
-def bf16_gemm(
-    x: Tensor, weight: Tensor, *, out_dtype: torch.dtype = torch.float32, backend: Backend
-) -> Tensor:
+def bf16_gemm(x: Tensor, weight: Tensor, *, backend: Backend) -> Tensor:
     """Multiply rows with a weight.
 
     Launches on one GPU must follow one another, on one stream: they share counters (`split_sum.py`).
@@ -30,7 +29,7 @@ def bf16_gemm(
         weight: [N, K] bf16, contiguous.
 
     Returns:
-        [T, N] of out_dtype, summed in fp32.
+        [T, N] float32.
 
     Raises:
         UnsupportedKernel: shapes, dtypes or layouts are others.
@@ -38,15 +37,15 @@ def bf16_gemm(
     _require_shapes(x.unsqueeze(1), weight.unsqueeze(0), "bf16_gemm")
     require_triton_or_reference(backend, "bf16_gemm")
     if backend == "reference":
-        return bf16_gemm_reference(x, weight, out_dtype=out_dtype)
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype, device=x.device)
+        return bf16_gemm_reference(x, weight)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
     config = _config_for(x.shape[0], 1, weight.shape[0], weight.shape[1], num_sms(x.device))
     _launch(x.unsqueeze(1), weight.unsqueeze(0), out.unsqueeze(1), config)
     return out
 
 
-def bf16_gemm_reference(x: Tensor, weight: Tensor, *, out_dtype: torch.dtype = torch.float32) -> Tensor:
-    return (x.float() @ weight.float().t()).to(out_dtype)
+def bf16_gemm_reference(x: Tensor, weight: Tensor) -> Tensor:
+    return x.float() @ weight.float().t()
 
 
 def per_head_gemm(x: Tensor, weight: Tensor, *, out: Tensor | None = None, backend: Backend) -> Tensor:

@@ -224,6 +224,10 @@ class Decoder:
         return self._embedding.device
 
     @property
+    def backend(self) -> Backend:
+        return self._backend
+
+    @property
     def can_draft(self) -> bool:
         return self._mtp is not None
 

@@ -22,7 +22,7 @@ from model.inputs import MAX_DECODE_ROWS, PAGE_SIZE, ForwardInputs, PackedRows, 
 from model.pages import PageCache
 from model.transfer import put, to_device
 
-_MOST_RECORDED = 64  # of each kind; one of 256 sequences of 4 rows over 160K tokens holds 33 MiB of buffers
+MOST_RECORDED = 64  # of each kind; one of 256 sequences of 4 rows over 160K tokens holds 33 MiB of buffers
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """Records what a function does; gives what does it again, and the tensor that then holds its result."""
@@ -115,10 +115,10 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def warm_up(self, num_sequences: int, longest: int, most_rows: int = 1) -> None:
-        """Record what steps of such a shape take, those of the draft module too where there is one."""
+        """Record what steps of such a shape take, those of the draft module too where they verify drafts."""
         config = self._model.config
         self._forward_of(Bucket.of(num_sequences, most_rows, longest, config))
-        if self._model.can_draft:
+        if most_rows > 1:
             for num_rows in (most_rows, 1):  # what was verified, then a draft from a draft
                 self._draft_of(Bucket.of(num_sequences, num_rows, longest, config))
 
@@ -167,7 +167,7 @@ def _recorded(
     """One of those kept, in order of last use, or a new one for which the first of them gives way."""
     found = kept.pop(bucket, None)
     if found is None:
-        if len(kept) == _MOST_RECORDED:
+        if len(kept) == MOST_RECORDED:
             del kept[next(iter(kept))]  # its memory serves those that run after it on the stream
         found = record(bucket)
     kept[bucket] = found

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.backend import Backend
 from model.noise import exp, gumbel, log
 from model.sampling_params import SamplingParams
 from model.transfer import ToHost, put, take, to_device
@@ -128,30 +129,38 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> SampleResult:
 class Drawing:
     """Tokens that a device draws while the host does something else, until it reads them.
 
+    The `triton` backend draws in a few launches and leaves open what rounding could change: the tokens are
+    those of the others.
+
     Attributes:
         tokens: [R] int64 on the logits' device; -1 where no token can be drawn. Where a row keeps more of the
-            vocabulary than was looked at, this is a good guess, and the host settles it when it reads.
+            vocabulary than was looked at (or the kernel is not sure), this is a good guess, and the host
+            settles it when it reads.
         late: rows whose guess was wrong, known once read.
     """
 
-    def __init__(self, logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    def __init__(self, logits: Tensor, rows: Sequence[SampleRow], *, backend: Backend = "reference") -> None:
         """As `sample`; asks the device nothing."""
         assert logits.dtype == torch.float32, logits.dtype
         assert logits.shape[0] == len(rows), (logits.shape, len(rows))
         assert logits.shape[1] <= _MAX_VOCAB, logits.shape
         self._logits, self._rows = logits, rows
         self._adjusted = _adjusted(logits, rows)
-        # NaN and +inf win this maximum, so looking at R numbers is looking at all of them.
-        best, greedy = self._adjusted.max(dim=-1) if rows else (logits.new_empty(0),) * 2
-        tokens = greedy.long()
-        unsettled = torch.zeros_like(tokens)
-        for part in self._parts():
-            part_rows = [rows[i] for i in part]
-            drawn, complete = _draw_sampled(take(self._adjusted, part), take(best, part), part_rows)
-            put(tokens, part, drawn)
-            put(unsettled, part, (~complete).long())
-        self.tokens, self._best = tokens.masked_fill_(~best.isfinite(), _NOT_FINITE), best
-        self._copy = ToHost(torch.stack([self.tokens, unsettled]))
+        if backend == "triton":
+            # Imported where it runs: Triton takes 60 MiB, which workers without a GPU spare.
+            from kernels.draw import DrawParams, draw_tokens
+
+            params = [(row.params, row.choice, row.position) for row in rows]
+            drawn = draw_tokens(
+                self._adjusted,
+                [
+                    DrawParams(p.temperature, p.top_k, p.top_p, p.min_p, _signed(p.seed), choice, position)
+                    for p, choice, position in params
+                ],
+            )
+        else:
+            drawn = _draw_rows(self._adjusted, rows)
+        self.tokens, self._copy = drawn[0], ToHost(drawn)
         self.late: frozenset[int] = frozenset()
 
     def wait(self) -> None:
@@ -183,19 +192,11 @@ class Drawing:
         open_rows = [i for i in used if unsettled[i]]
         if open_rows:
             rows = [self._rows[i] for i in open_rows]
-            drawn = _draw_widening(take(self._adjusted, open_rows), take(self._best, open_rows), rows)
+            drawn = _draw_until_settled(take(self._adjusted, open_rows), rows)
             settled = dict(zip(open_rows, drawn.tolist(), strict=True))
             self.late = frozenset(i for i, token in settled.items() if token != tokens[i])
             tokens = [settled.get(i, token) for i, token in enumerate(tokens)]
         return tokens
-
-    def _parts(self) -> Iterator[list[int]]:
-        """Rows that are sampled, those of a part alike and few enough to be looked at together."""
-        rows_at_once = max(1, _ELEMENTS_AT_ONCE // self._logits.shape[1])
-        for cuts in (True, False):
-            rows = enumerate(self._rows)
-            alike = [i for i, row in rows if not row.params.is_greedy and row.params.cuts == cuts]
-            yield from (alike[i : i + rows_at_once] for i in range(0, len(alike), rows_at_once))
 
 
 def num_accepted(drafts: Sequence[int], tokens: Sequence[int]) -> int:
@@ -245,6 +246,45 @@ def _adjust(logits: Tensor, row: SampleRow) -> None:
     logits[ids] = values.float()
 
 
+def _signed(seed: int) -> int:
+    """The same 64 bits as a signed number, which is what torch can hold."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _draw_rows(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """[2, R] int64 from [R, V]: tokens, and 1 where they are not settled; asks the device nothing."""
+    # NaN and +inf win this maximum, so looking at R numbers is looking at all of them.
+    best, greedy = logits.max(dim=-1) if rows else (logits.new_empty(0),) * 2
+    tokens = greedy.long()
+    unsettled = torch.zeros_like(tokens)
+    for part in _parts(rows, logits.shape[1]):
+        part_rows = [rows[i] for i in part]
+        drawn, complete = _draw_sampled(take(logits, part), take(best, part), part_rows)
+        put(tokens, part, drawn)
+        put(unsettled, part, (~complete).long())
+    return torch.stack([tokens.masked_fill_(~best.isfinite(), _NOT_FINITE), unsettled])
+
+
+def _draw_until_settled(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """[R] int64 tokens of sampled rows [R, V], however often the device must be asked."""
+    best = logits.amax(dim=-1)
+    tokens = torch.empty_like(best, dtype=torch.int64)
+    for part in _parts(rows, logits.shape[1]):
+        part_rows = [rows[i] for i in part]
+        draw = _draw_widening if part_rows[0].params.cuts else _draw_whole
+        put(tokens, part, draw(take(logits, part), take(best, part), part_rows))
+    return tokens
+
+
+def _parts(rows: Sequence[SampleRow], vocab_size: int) -> Iterator[list[int]]:
+    """Rows that are sampled, those of a part alike and few enough to be looked at together."""
+    rows_at_once = max(1, _ELEMENTS_AT_ONCE // vocab_size)
+    for cuts in (True, False):
+        sampled = [i for i, row in enumerate(rows) if not row.params.is_greedy]
+        alike = [i for i in sampled if rows[i].params.cuts == cuts]
+        yield from (alike[i : i + rows_at_once] for i in range(0, len(alike), rows_at_once))
+
+
 def _draw_sampled(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
     """Samples from rows that all cut the vocabulary, or all do not: logits [R, V], their maxima [R].
 
@@ -254,9 +294,14 @@ def _draw_sampled(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> tu
     if rows[0].params.cuts:
         width = min(_FIRST_WIDTH, logits.shape[1])
         return _draw_within(width, logits, best, _total_mass(logits, best, rows), rows)
+    return _draw_whole(logits, best, rows), torch.ones_like(best, dtype=torch.bool)
+
+
+def _draw_whole(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """[R] token ids of rows that cut nothing."""
     score = _scaled(logits, best, rows)
     score += _noise(rows, torch.arange(logits.shape[1], device=logits.device)[None])
-    return score.argmax(dim=-1), torch.ones_like(best, dtype=torch.bool)
+    return score.argmax(dim=-1)
 
 
 def _draw_widening(logits: Tensor, best: Tensor, rows: Sequence[SampleRow]) -> Tensor:
@@ -360,8 +405,7 @@ def _noise(rows: Sequence[SampleRow], ids: Tensor) -> Tensor:
     def column(values: list[int]) -> Tensor:
         return to_device(values, torch.int64, ids.device)[:, None]
 
-    # The same 64 bits as a signed number, which is what torch can hold.
-    seeds = column([(row.params.seed + 2**63) % 2**64 - 2**63 for row in rows])
+    seeds = column([_signed(row.params.seed) for row in rows])
     choices = column([row.choice for row in rows])
     positions = column([row.position for row in rows])
     return gumbel(seeds, choices, positions, ids)

@@ -149,6 +149,8 @@ class AttentionActor:
     """
 
     def __init__(self, config: AttentionActorConfig) -> None:
+        logging.basicConfig(level=logging.WARNING)
+        logging.getLogger("workers.warm_up").setLevel(logging.INFO)
         torch.set_num_threads(1)
         self._config = config
         self._placement: ExpertPlacement | None = None
@@ -157,6 +159,8 @@ class AttentionActor:
         model = LocalModel(config.directory, config.options, experts=self._remote_experts())
         cache = model.cache(config.num_tokens)
         engine = Engine(model.decoder, cache, config.engine, config.secret, model.graphs(cache))
+        if self._experts is None:  # those elsewhere are not known yet
+            engine.warm_up(decodes=config.role == "decode")  # nobody knows of an actor that is being made
         num_layers = model.config.num_hidden_layers + bool(config.engine.num_drafts)
         worker_config = WorkerConfig(
             config.name, config.role, model.checkpoint.digest, num_layers, config.lease_seconds

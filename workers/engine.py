@@ -30,6 +30,7 @@ from workers.runner import Flight, OnLayer, Runner
 from workers.schedule import Batch, Share, schedule, schedule_ahead
 from workers.sequence import Request, Sequence, Token
 from workers.speculate import MAX_DRAFTS, Acceptance, DraftPolicy, Drafts, DraftShare, draft
+from workers.warm_up import WarmedUp
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,16 @@ class Engine:
         self.num_prefilled_tokens = 0  # of prompts, computed
         self.num_steps = self.num_tokens = 0  # run; drawn
         self._eos_ids = frozenset({model.config.eos_token_id})
+
+    def warm_up(self, *, decodes: bool = True) -> WarmedUp | None:
+        """Before the first request, do what it would wait for (`warm_up.py`); no count of steps moves.
+
+        Args:
+            decodes: whether any request is to go on beyond its first token here.
+        """
+        assert self.pool.num_free - self.pool.num_cached == self.pool.num_pages, "pages are somebody's"
+        assert self.is_idle, "it is in use"
+        return self._runner.warm_up(self._config.chunk, self._config.num_drafts, decodes=decodes)
 
     @torch.inference_mode()
     def step(self, on_layer: OnLayer | None = None) -> list[Token]:

@@ -21,6 +21,7 @@ from model.sampling import Drawing, SampleResult, SampleRow
 from model.transfer import take
 from workers.schedule import Batch
 from workers.sequence import Sequence
+from workers.warm_up import WarmedUp, WarmUp
 
 OnLayer = Callable[[Batch, int], None]
 """Told that a batch's rows lie in the pages of a layer; its sequences still say how far they were before."""
@@ -101,6 +102,18 @@ class Runner:
         """Whether rows can be launched before the host knows their tokens."""
         return self._graphs is not None
 
+    def warm_up(self, chunk: int, num_drafts: int, *, decodes: bool) -> WarmedUp | None:
+        """Before anything lies in the pages; None where nothing is recorded, so that nothing would be gained.
+
+        Args:
+            chunk, num_drafts: as of `EngineConfig`.
+            decodes: whether decode steps are to come.
+        """
+        if self._graphs is None:
+            return None
+        work = WarmUp(self._model, self._cache, self.draw, chunk, num_drafts)
+        return work.run(self._graphs if decodes else None)
+
     def launch(self, batch: Batch, on_layer: OnLayer | None, drafts: Tensor | None = None) -> Flight:
         """Run a batch.
 
@@ -164,7 +177,7 @@ class Runner:
 
     def draw(self, hidden: Tensor, rows: list[SampleRow]) -> Drawing:
         """Begin to draw a token behind each of the hidden states [R, D]."""
-        return Drawing(self._model.logits(hidden), rows)
+        return Drawing(self._model.logits(hidden), rows, backend=self._model.backend)
 
     def _forward(self, batch: Batch, on_layer: OnLayer | None, drafts: Tensor | None) -> HiddenRows:
         if self._graphs and batch.is_decode:

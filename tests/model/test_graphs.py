@@ -195,7 +195,7 @@ def test_what_was_not_used_for_longest_is_recorded_again(
         recorded.append(len(result))
         return replay, result
 
-    monkeypatch.setattr("model.graphs._MOST_RECORDED", 2)
+    monkeypatch.setattr("model.graphs.MOST_RECORDED", 2)
     graphs, rows = DecodeGraphs(steps.decoder, steps.copy(), counted), steps.rows(0, 1, 1, 1)
     runs = {n: StepRows(rows.token_ids[:n], rows.starts[:n], rows.pages[:n]) for n in (1, 2, 3)}
     with torch.inference_mode():
