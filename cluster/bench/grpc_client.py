@@ -11,6 +11,8 @@ from cluster.proto.eightfold.v1 import eightfold_pb2 as pb
 from cluster.proto.eightfold.v1.eightfold_pb2_grpc import InferenceServiceStub
 from model.errors import RequestError
 
+_RETRY_AFTER = "grpc-retry-pushback-ms"  # what gRPC has in place of Retry-After
+
 
 class GrpcClient:
     """A client of one gateway.
@@ -93,4 +95,6 @@ def _text(delta: Any) -> str:
 
 
 def _failed(error: grpc.aio.AioRpcError) -> Failed:
-    return Failed(f"grpc {error.code().name}", error.details() or "")
+    given = dict(error.trailing_metadata() or ()).get(_RETRY_AFTER)
+    seconds = int(given) / 1e3 if given is not None and given.isdigit() else None
+    return Failed(f"grpc {error.code().name}", error.details() or "", seconds)

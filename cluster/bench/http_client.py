@@ -38,7 +38,7 @@ class HttpClient:
         body = json.dumps(self._body(model, messages, max_tokens)).encode()
         async with self._pool.exchange("POST", _PATHS[self._asking.api], body) as (status, connection):
             if status != 200:
-                raise Failed(f"http {status}", _told(await whole(connection)))
+                raise Failed(f"http {status}", _told(await whole(connection)), connection.retry_after)
             await _read(connection, reading)
 
     async def aclose(self) -> None:

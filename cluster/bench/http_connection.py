@@ -61,6 +61,7 @@ class Connection:
         self._reader, self._writer = reader, writer
         self._state = h11.Connection(h11.CLIENT)
         self.idle_since = 0.0
+        self.retry_after: float | None = None  # of the answer that is read
         self.has_ended = False  # by the server, in the middle of an exchange
 
     async def send(self, request: h11.Request, body: bytes) -> int:
@@ -75,6 +76,7 @@ class Connection:
         while True:
             event = await self._next()
             if isinstance(event, h11.Response):
+                self.retry_after = _seconds(dict(event.headers).get(b"retry-after"))
                 return event.status_code
 
     async def body(self) -> AsyncIterator[bytes]:
@@ -105,6 +107,11 @@ class Connection:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _seconds(value: bytes | None) -> float | None:
+    """Of a Retry-After; None where it is missing, or a date."""
+    return float(value) if value is not None and value.isdigit() else None
 
 
 class ConnectionPool:

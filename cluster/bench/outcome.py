@@ -23,6 +23,7 @@ class Outcome:
         prompt_tokens, cached_tokens, answer_tokens: as the server counts them; None where it does not say.
         error: what kind of failure; None for a whole answer.
         detail: of the failure, for people.
+        retry_after: seconds after which the server says that a later try is worth while.
     """
 
     session: int
@@ -37,6 +38,7 @@ class Outcome:
     answer_tokens: int | None = None
     error: str | None = None
     detail: str = ""
+    retry_after: float | None = None
 
     @classmethod
     def of(
@@ -65,6 +67,7 @@ class Outcome:
             answer_tokens=reading.answer_tokens,
             error=failed.kind if failed else None,
             detail=failed.detail if failed else "",
+            retry_after=failed.retry_after if failed else None,
         )
 
     @classmethod

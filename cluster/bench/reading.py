@@ -15,11 +15,12 @@ class Failed(Exception):
         kind: what is counted: `http 503`, `grpc UNAVAILABLE`, `connection`, `timeout`, `truncated`, `stream
             error` (the server said so within the stream), `malformed`, `empty` (whole, without any text).
         detail: for people, as the server or the system put it.
+        retry_after: seconds after which the server says that a later try is worth while, where it does.
     """
 
-    def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail[:300]
+    def __init__(self, kind: str, detail: str = "", retry_after: float | None = None) -> None:
+        super().__init__(kind, detail, retry_after)
+        self.kind, self.detail, self.retry_after = kind, detail[:300], retry_after
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind

@@ -42,9 +42,10 @@ class Answering:
         await self.event("[DONE]")
         await self.raw(b"0\r\n\r\n")
 
-    async def refuse(self, status: int, message: str) -> None:
+    async def refuse(self, status: int, message: str, headers: bytes = b"") -> None:
         body = json.dumps({"error": {"message": message}}).encode()
-        await self.raw(b"HTTP/1.1 %d Told\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body))
+        head = b"HTTP/1.1 %d Told\r\nContent-Length: %d\r\n%s\r\n" % (status, len(body), headers)
+        await self.raw(head + body)
 
     def cut(self) -> None:
         self.is_open = False

@@ -1,15 +1,19 @@
 """The command as a whole: against our own gateway with the demo, and against a scripted server."""
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.bench.reading import Asking, Failed, Message, Reading
+from cluster.bench.target import open_client
 from cluster.cli import main
 from tests.checkpoints import DEMO
 from tests.cluster.bench.servers import Answering, scripted, words
@@ -75,6 +79,23 @@ def test_refusals_of_our_own_gateway_are_counted_in_both_protocols(served: Serve
         found = bench(tmp_path, url, "--trace", str(trace), *CALM)
         assert found["summary"]["errors"] == {kind: 1}
         assert "8192" in found["failures"][kind]["first"]
+
+
+def test_refusals_of_our_own_gateway_say_when_to_come_again_in_both_protocols(served: Served) -> None:
+    asking = Asking(api="chat", temperature=0.0, ignore_eos=True, key=None)
+
+    async def ask(url: str) -> float | None:
+        async with aclosing(open_client(url, asking)) as client:
+            with pytest.raises(Failed, match="shutting down") as caught:
+                await client.ask("demo", [Message("user", "hi")], 3, Reading())
+        return caught.value.retry_after
+
+    served.server.gateway.is_draining = True
+    try:
+        told = [asyncio.run(ask(url)) for url in (served.url, f"grpc://{served.target}")]
+    finally:
+        served.server.gateway.is_draining = False
+    assert told == [5.0, 5.0]
 
 
 def test_it_agrees_with_an_independent_client(served: Served, tmp_path: Path) -> None:

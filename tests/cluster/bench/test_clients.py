@@ -118,7 +118,22 @@ def test_a_refusal_is_counted_by_its_status_with_the_words_of_the_server(status:
         await answering.refuse(status, "not now")
 
     failed = failure(script)
-    assert (failed.kind, failed.detail) == (f"http {status}", "not now")
+    assert (failed.kind, failed.detail, failed.retry_after) == (f"http {status}", "not now", None)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        (b"Retry-After: 7\r\n", 7.0),
+        (b"retry-after: 0\r\n", 0.0),
+        (b"Retry-After: Wed, 21 Oct 2026 07:28:00 GMT\r\n", None),
+    ],
+)
+def test_a_refusal_may_say_when_to_come_again(headers: bytes, seconds: float | None) -> None:
+    async def script(body: dict[str, Any], answering: Answering) -> None:
+        await answering.refuse(503, "full", headers)
+
+    assert failure(script).retry_after == seconds
 
 
 def test_nobody_there_is_a_connection_error() -> None:
