@@ -27,6 +27,7 @@ from workers.speculate import MAX_DRAFTS
 from workers.wire import Role
 
 MAX_FILE_BYTES = 256 * 1024
+MACHINES_SECONDS = 3600.0  # for machines and images to come
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -108,14 +109,16 @@ class EngineSection(_Section):
 
     `drafts` is a number or `auto`: as many as pay, by measured acceptance and load.
     `tokens` is the room in pages, all sequences together; None is eight times the model's context. Where
-    prefill and decode have engines of their own, their sections say how much room each has. Two
-    `micro_batches` keep attention busy while rows are at experts of a pool.
+    prefill and decode have engines of their own, their sections say how much room each has. A gateway refuses
+    more than `max_waiting` requests that wait for a token, and more than `max_open` altogether for each
+    decode worker. Two `micro_batches` keep attention busy while rows are at experts of a pool.
     """
 
     chunk: Count = 2048
     drafts: Literal[0, 1, 2, 3, "auto"] = 0
     tokens: Count | None = None
     max_waiting: Count = 64
+    max_open: Count = 512
     micro_batches: Literal[1, 2] = 1
 
     def config(self) -> EngineConfig:
@@ -151,12 +154,15 @@ class ExpertsSection(_Section):
 class RoleSection(_Section):
     """The engines of one role, each a Serve replica with attention actors of its own.
 
+    Prefill may have `engines: 0` where it scales: the last one goes when nobody needs it, and a request that
+    finds none waits for it to come.
+
     `tokens` is the room in the pages of one actor; None is eight times the model's context. With
     `device: cuda` each actor takes `gpus`: one, or less than one where actors share it. With `autoscale`
     there are `engines` at first and at least.
     """
 
-    engines: Count = 1
+    engines: Annotated[int, Field(ge=0)] = 1
     autoscale: AutoscaleSection | None = None
     attention_actors: Count = 1
     gpus: Gpus = 1.0
@@ -172,6 +178,8 @@ class RoleSection(_Section):
     def _most_is_not_less(self) -> "RoleSection":
         if self.most_engines < self.engines:
             raise ValueError(f"autoscale.max is {self.most_engines}; it is at least engines, {self.engines}")
+        if not self.engines and not self.autoscale:
+            raise ValueError("engines is 0, which goes with autoscale only: there would never be one")
         return self
 
 
@@ -199,9 +207,14 @@ class CarriersSection(_Section):
 
 
 class RaySection(_Section):
-    """Which Ray: `local` starts one of our own on this machine, anything else is the address of a cluster."""
+    """Which Ray: `local` starts one of our own on this machine, anything else is the address of a cluster.
+
+    An actor may take `start_seconds` from its process to its weights: reading those of 671 billion parameters
+    from network storage takes many minutes. Whoever waits for actors waits so long.
+    """
 
     address: Annotated[str, StringConstraints(min_length=1, max_length=255)] = "local"
+    start_seconds: Annotated[float, Field(ge=10, le=6 * 3600, allow_inf_nan=False)] = 600.0
 
 
 class TlsSection(_Section):
@@ -301,6 +314,16 @@ class ClusterConfig(_Section):
             raise ValueError(f"carriers.pages: {self.carriers.pages} goes with model.device: cuda")
         return self
 
+    @property
+    def start_seconds(self) -> float:
+        """From nothing to all workers: experts first, then engines, which ask where those are."""
+        return self.experts.place_seconds + 2 * self.ray.start_seconds
+
+    @property
+    def join_seconds(self) -> float:
+        """The same where machines and images have to come first."""
+        return max(self.experts.place_seconds, MACHINES_SECONDS) + 2 * self.ray.start_seconds
+
     def gpus(self) -> float:
         """How many GPUs the actors take together."""
         if self.model.device != "cuda":
@@ -316,6 +339,14 @@ class ClusterConfig(_Section):
         if (self.prefill is None) != (self.decode is None):
             missing = "prefill" if self.prefill is None else "decode"
             raise ValueError(f"{missing} is missing: give both prefill and decode, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_decode(self) -> "ClusterConfig":
+        if self.decode and not self.decode.engines:
+            raise ValueError(
+                "decode.engines is 0; there is at least one: it holds the pages that answers need"
+            )
         return self
 
     @classmethod

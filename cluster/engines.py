@@ -15,9 +15,10 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from cluster.config import ClusterConfig, RoleSection, room
 from cluster.directory import WorkerEntry
-from cluster.ray_runtime import Place, own_host, place_of
+from cluster.ray_runtime import Place, own_host, place_of, started
 from cluster.serve_policy import SupervisorPolicy
-from cluster.supervisor import NAME, NAMESPACE, Secrets, the_supervisor
+from cluster.starts import reason_of
+from cluster.supervisor import NAME, NAMESPACE, Secrets, Start, the_supervisor
 from model.config import ModelConfig
 from workers.actors import AttentionActor, AttentionActorConfig
 from workers.transport.protocol import Address
@@ -26,7 +27,6 @@ from workers.wire import Role, WorkerStatus
 
 _log = logging.getLogger(__name__)
 
-START_SECONDS = 120.0  # for a process that imports torch and reads its weights, on a busy machine
 CALL_SECONDS = 10.0
 _REGISTER_SECONDS = 0.5
 _DRAIN_MARGIN_SECONDS = 30.0  # from the end of the longest request to that of its worker
@@ -43,20 +43,26 @@ class EngineReplica:
         self._stopping = threading.Event()
         self._keeper: threading.Thread | None = None
         self._drain_seconds = config.gateway.limits.total_seconds
+        self._start_seconds = config.ray.start_seconds + WARM_UP_SECONDS
         self._name = serve.get_replica_context().replica_id.unique_id
-        supervisor = the_supervisor()
-        secrets: Secrets = ray.get(supervisor.secrets.remote(), timeout=START_SECONDS)
+        told = the_supervisor().begin.remote(role)
+        start: Start = started([told], "the experts", config.start_seconds)[0]  # it comes up when they have
+        self._stopping.wait(start.wait_seconds)
         section = config.role(role)
         self._configs = [
-            _actor_config(f"{role}-{self._name}-{index}", role, config, secrets)
+            _actor_config(f"{role}-{self._name}-{index}", role, config, start.secrets)
             for index in range(section.attention_actors)
         ]
         self._labels = section.node_labels
         self._gpus = section.gpus if config.model.device == "cuda" else 0
         self._role: Role = role
         self._members += [_Member(self._start(config)) for config in self._configs]
-        for member in self._members:
-            ray.get(member.start, timeout=START_SECONDS + WARM_UP_SECONDS)
+        try:
+            calls = [call for member in self._members for call in member.start]
+            started(calls, f"attention actors of {role}", self._start_seconds)
+        except Exception as error:
+            self._tell_failure(error)
+            raise
         self._keeper = threading.Thread(target=self._keep, name="engine", daemon=True)
         self._keeper.start()
 
@@ -97,8 +103,13 @@ class EngineReplica:
         """Register again and again, and replace actors that died."""
         while not self._stopping.wait(_REGISTER_SECONDS):
             for index, member in enumerate(self._members):
+                if self._failure:
+                    break
                 if member.is_dead():
                     self._replace(index)
+                elif not member.has_worked and member.age_seconds > self._start_seconds:
+                    name, seconds = self._configs[index].name, self._start_seconds
+                    self._give_up(TimeoutError(f"{name} did not come up again within {seconds:g} s"))
             self._try_to_register()
 
     def _try_to_register(self) -> None:
@@ -111,8 +122,21 @@ class EngineReplica:
         name = self._configs[index].name
         _log.warning("%s is gone; starting another", name)
         if not self._members[index].has_worked:  # nor would the next one
-            self._failure = RuntimeError(f"attention actor {name} does not start")
+            self._give_up(RuntimeError(f"attention actor {name} does not start"))
         self._members[index] = _Member(self._start(self._configs[index]))
+
+    def _give_up(self, failure: Exception) -> None:
+        """This engine cannot go on: Serve learns it when it asks, and starts another."""
+        if not self._failure:
+            self._tell_failure(failure)
+        self._failure = failure
+
+    def _tell_failure(self, error: Exception) -> None:
+        try:
+            told = the_supervisor().failed.remote(self._role, reason_of(error))
+            ray.get(told, timeout=CALL_SECONDS)
+        except (ray.exceptions.RayError, ValueError):  # it starts anew, and will hear of the next
+            _log.warning("engine %s does not come up, and nobody hears why", self._name)
 
     def _register(self) -> None:
         """Make known who works; one that is starting follows later, and holds up nobody."""
@@ -143,10 +167,15 @@ class _Member:
 
     def __init__(self, actor: Any) -> None:
         self.actor, self.has_worked = actor, False
+        self._began = time.monotonic()
         self.start = [actor.start.remote(), place_of(actor)]
         self._witness = actor.wait_until_stopped.remote()
         self._status: WorkerStatus | None = None
         self._asked: ray.ObjectRef[WorkerStatus] | None = None
+
+    @property
+    def age_seconds(self) -> float:
+        return time.monotonic() - self._began
 
     def is_dead(self) -> bool:
         """A call that is pending for as long as the actor lives has ended."""

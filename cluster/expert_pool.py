@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.directory import ExpertEntry
-from cluster.ray_runtime import place_of
+from cluster.ray_runtime import Place, place_of, started
 from workers.actors import ExpertActor, ExpertActorConfig, ExpertActorStats, TcpHost
 from workers.local import ModelOptions, open_checkpoint
 from workers.placement import ExpertPlacement
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 Spread = Literal["loose", "strict"]
 
 PLACE_SECONDS = 30.0
-START_SECONDS = 120.0  # for a process that imports torch and reads its experts, on a busy machine
+START_SECONDS = 120.0  # of the small model that is meant where nobody says
 CALL_SECONDS = 10.0
 _WATCH_SECONDS = 0.2
 _CPUS = 0.01  # of Ray's count: a bundle must ask for something
@@ -52,6 +52,7 @@ class ExpertPool:
         spread: Spread = "loose",
         node_labels: dict[str, str] | None = None,
         place_seconds: float = PLACE_SECONDS,
+        start_seconds: float = START_SECONDS,
         tcp_host: TcpHost = None,
     ) -> None:
         """Start the actors and wait until each has loaded its experts.
@@ -64,13 +65,14 @@ class ExpertPool:
             spread: `strict` for a node of Ray each, `loose` for as many as there are.
             node_labels: of the nodes that may be used.
             place_seconds: how long to wait for such nodes.
+            start_seconds: how long an actor may take from its process to its experts.
             tcp_host: as of `ExpertActorConfig`.
 
         Raises:
             PlacementError: more nodes than groups.
-            TimeoutError: the nodes that were asked for are not there.
-            ray.exceptions.GetTimeoutError: an actor did not come up in time.
+            TimeoutError: the nodes that were asked for are not there, or an actor did not come up in time.
         """
+        self._start_seconds = start_seconds
         self.token = token or secrets.token_bytes(32)
         self._model = open_checkpoint(directory, options).config
         shares = _runs(self._model.n_group, num_nodes)
@@ -84,11 +86,8 @@ class ExpertPool:
         self._actors = [self._start(node) for node in range(num_nodes)]
         self._witnesses = [actor.wait_until_stopped.remote() for actor in self._actors]
         try:
-            self._places = ray.get([place_of(actor) for actor in self._actors], timeout=START_SECONDS)
-            self._place(
-                ray.get([actor.address.remote() for actor in self._actors], timeout=START_SECONDS),
-                first_epoch,
-            )
+            self._places, addresses = self._wait_for(self._actors)
+            self._place(addresses, first_epoch)
         except BaseException:
             self._kill_all()
             raise
@@ -154,13 +153,22 @@ class ExpertPool:
         _log.warning("expert actor %s is gone; starting another", self._configs[node].name)
         ray.kill(self._actors[node])
         actor = self._start(node)
-        address: Address = ray.get(actor.address.remote(), timeout=START_SECONDS)
-        self._places[node] = ray.get(place_of(actor), timeout=START_SECONDS)
+        (self._places[node],), (address,) = self._wait_for([actor])
         self._actors[node], self._witnesses[node] = actor, actor.wait_until_stopped.remote()
         addresses = [share.address for share in self._placement.shares]
         addresses[node] = address
         self._place(addresses, self._placement.epoch + 1)
         _log.warning("expert actor %s is back, epoch %d", self._configs[node].name, self._placement.epoch)
+
+    def _wait_for(self, actors: Sequence[Any]) -> tuple[list[Place], list[Address]]:
+        """Where actors that start run, and where they are reached.
+
+        Raises:
+            TimeoutError: not in time.
+        """
+        told = [*map(place_of, actors), *(actor.address.remote() for actor in actors)]
+        found = started(told, "expert actors", self._start_seconds)
+        return found[: len(actors)], found[len(actors) :]
 
     def _kill_all(self) -> None:
         for actor in self._actors:

@@ -8,7 +8,6 @@ join_cluster(config)        the same of a cluster that runs already
 
 import logging
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from cluster.config import ClusterConfig, ConfigError, room
 from cluster.gateway.backend import ModelFacts
 from cluster.gateway.engine_backend import EngineBackend
 from cluster.router import Router
+from cluster.starts import reasons_in
 from kernels.backend import UnsupportedKernel
 from model.config import ModelConfig
 from model.inputs import PAGE_SIZE
@@ -36,10 +36,7 @@ if TYPE_CHECKING:
     from cluster.gateway.cluster_backend import ClusterBackend
     from cluster.supervisor import Secrets
 
-START_SECONDS = 300.0  # from nothing to all workers, on a busy machine
-JOIN_SECONDS = 3600.0  # the same where machines, images and weights have to come first
 _POLL_SECONDS = 0.2
-_EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Kernel|Failed): .")  # the line of a stack that names it
 
 Say = Callable[[str], None]
 
@@ -80,9 +77,9 @@ def join_cluster(config: ClusterConfig, stack: ExitStack, say: Say) -> "ClusterB
     facts = _cluster_facts(config, _load_config(config))
     say(f"joining Ray at {config.ray.address}")
     stack.enter_context(joined_ray(config.ray.address))
-    supervisor = _wait_for_supervisor(JOIN_SECONDS)
-    _wait_for_workers(supervisor, config, say, JOIN_SECONDS)
-    shared = ray.get(supervisor.secrets.remote(), timeout=START_SECONDS)
+    supervisor = _wait_for_supervisor(config.join_seconds)
+    _wait_for_workers(supervisor, config, say, config.join_seconds)
+    shared = ray.get(supervisor.secrets.remote(), timeout=config.ray.start_seconds)
     return _cluster_backend(config, facts, shared, supervisor)
 
 
@@ -131,6 +128,8 @@ def _start_pool(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say
             gpus=experts.gpus,
             spread=experts.spread,
             node_labels=experts.node_labels,
+            place_seconds=experts.place_seconds,
+            start_seconds=config.ray.start_seconds,
             tcp_host=None if config.ray.address == "local" else own_host,
         )
     except (TimeoutError, ray.exceptions.RayError) as error:
@@ -166,6 +165,7 @@ def _load_engine(config: ClusterConfig, experts: RemoteExperts | None, say: Say)
             context,
         ),
         max_waiting=config.engine.max_waiting,
+        max_open=config.engine.max_open,
         max_unread=config.gateway.limits.max_unread_tokens,
         dispatch=experts.stats if experts else None,
     )
@@ -197,17 +197,20 @@ def _cluster_backend(
 ) -> "ClusterBackend":
     from cluster.gateway.cluster_backend import BackendLimits, ClusterBackend
 
+    assert config.prefill
     endpoint = PeerEndpoint(EndpointConfig(f"gateway-{secrets.token_hex(4)}", shared.token))
     limits = BackendLimits(
         config.engine.max_waiting,
+        config.engine.max_open,
         config.gateway.limits.max_unread_tokens,
         config.gateway.limits.total_seconds,
         config.router.silence_seconds,
+        None if config.prefill.engines else config.gateway.limits.first_token_seconds,
     )
     router = Router(PrefixHasher(shared.pages), config.router.local_prefill_tokens)
 
-    async def who_is_there() -> Any:
-        return await supervisor.directory.remote()
+    async def who_is_there(calls_prefill: bool) -> Any:
+        return await supervisor.directory.remote(calls_prefill)
 
     return ClusterBackend(facts, endpoint, router, who_is_there, limits)
 
@@ -236,7 +239,7 @@ def _start_parts(config: ClusterConfig, shared: "Secrets", stack: ExitStack, say
             serve.RunTarget(target=deployment(role, config), name=role, route_prefix=None)  # type: ignore[arg-type]
         )
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    _wait_for_workers(supervisor, config, say, START_SECONDS)
+    _wait_for_workers(supervisor, config, say, config.start_seconds)
     return supervisor
 
 
@@ -270,8 +273,10 @@ def _wait_for_workers(supervisor: Any, config: ClusterConfig, say: Say, seconds:
     knows_experts = False
     while len(seen) < expected:
         states = {name: app.status.value for name, app in serve.status().applications.items()}
-        if time.monotonic() > deadline or "DEPLOY_FAILED" in states.values():
-            problem = f"{len(seen)} of {expected} attention actors came up; Serve says {states}"
+        is_late = time.monotonic() > deadline
+        if is_late or "DEPLOY_FAILED" in states.values():
+            when = f" within {seconds:.0f} s, of which ray.start_seconds may allow more" if is_late else ""
+            problem = f"{len(seen)} of {expected} attention actors came up{when}; Serve says {states}"
             raise ClusterError(f"{problem}{_reasons(serve.status())}")
         try:
             found = ray.get(supervisor.directory.remote(), timeout=seconds)
@@ -296,10 +301,9 @@ def _last_line(error: Exception) -> str:
 def _reasons(status: Any) -> str:
     """What the replicas' own exceptions say, without the stacks of the processes they happened in."""
     lines = [
-        line.strip()
+        reason
         for app in status.applications.values()
         for deployment in app.deployments.values()
-        for line in deployment.message.splitlines()
-        if _EXCEPTION.match(line) and not line.startswith("ray.") and "Traceback" not in line
+        for reason in reasons_in(deployment.message)
     ]
     return "".join(f"; {line}" for line in dict.fromkeys(lines))

@@ -30,6 +30,7 @@ class Load:
         token_rate: prompt tokens a second that a busy worker computes; None while unknown.
         batch: sequences that a worker bears within the objective; None while unknown.
         token_seconds: from one token of an answer to the next, of late; None where nothing decoded.
+        is_used: whether any worker, warm or not, has a request without a token or has run a step just now.
     """
 
     seconds: float
@@ -44,6 +45,7 @@ class Load:
     token_rate: float | None = None
     batch: float | None = None
     token_seconds: float | None = None
+    is_used: bool = False
 
 
 class Meter:
@@ -57,6 +59,7 @@ class Meter:
         self._seen: dict[str, deque[tuple[float, WorkerStatus]]] = {}
         self._tokens = self._seconds = 0.0  # prompt tokens computed, and time spent on them
         self._curve = _Curve()
+        self._steps: dict[str, int] = {}
 
     def read(self, now: float, engines: Mapping[str, Mapping[str, WorkerStatus]]) -> Load:
         """The load now.
@@ -71,6 +74,9 @@ class Meter:
         self._learn(spans)
         loads = [status.load for status in staying.values()]
         decoded = sum(span.decode_tokens for span in spans)
+        steps = {name: status.steps for name, status in staying.items()}
+        has_run = any(self._steps.get(name, 0) != count for name, count in steps.items())
+        self._steps = steps
         is_prefill = any(status.role == "prefill" for status in staying.values())
         return Load(
             now,
@@ -85,6 +91,7 @@ class Meter:
             self._tokens / self._seconds if self._seconds else None,
             self._curve.batch_within(self._objective),
             sum(span.decode_seconds for span in spans) / decoded if decoded else None,
+            has_run or any(load.waiting for load in loads),
         )
 
     def _spans(self, now: float, staying: Mapping[str, WorkerStatus]) -> "list[_Span]":

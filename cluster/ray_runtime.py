@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -108,6 +108,25 @@ class Place:
 def place_of(actor: Any) -> "ray.ObjectRef[Place]":
     """Ask an actor where it runs."""
     return actor.__ray_call__.remote(_own_place)  # type: ignore[no-any-return]
+
+
+def started(told: "Sequence[ray.ObjectRef[Any]]", what: str, seconds: float) -> list[Any]:
+    """What actors that start answer, once all of them do.
+
+    Args:
+        told: their first answers.
+        what: they are, for people.
+        seconds: that they may take.
+
+    Raises:
+        TimeoutError: some did not.
+        ray.exceptions.RayError: one failed.
+    """
+    try:
+        return list(ray.get(list(told), timeout=seconds))
+    except ray.exceptions.GetTimeoutError:
+        problem = f"{what} did not come up within {seconds:g} s; ray.start_seconds may allow more"
+        raise TimeoutError(problem) from None
 
 
 def _own_place(_: object) -> Place:

@@ -3,7 +3,8 @@
 Prefill goes where the least is left to compute: prompts that wait there, and what of this one is not cached.
 Decode goes where the largest share of pages stays free once the request is in, fewer running sequences first
 among equals. A prompt that goes on from an answer (turn two of a chat) lies in the pages of the worker that
-decoded it; if only little is new, that worker runs all of it, and no page moves.
+decoded it; if only little is new, that worker runs all of it, and no page moves. While there is no prefill
+worker so it is with any short prompt.
 
 The router knows what workers tell several times a second, and what it has sent since. A decode worker hears
 of a sequence only when its prefill starts, so its pages count here until its tokens come (`settle`). Among
@@ -102,10 +103,20 @@ class Router:
         self._hasher, self._local_prefill_tokens = hasher, local_prefill_tokens
         self._workers: dict[str, _Known] = {}
 
+    def count(self, role: Role) -> int:
+        """Workers of a role that stay."""
+        return sum(known.role == role and known.is_open for known in self._workers.values())
+
+    def has(self, role: Role) -> bool:
+        """Whether there are any."""
+        return self.count(role) > 0
+
     @property
-    def is_complete(self) -> bool:
-        """Whether there are workers of both roles that stay."""
-        return {known.role for known in self._workers.values() if known.is_open} == {"prefill", "decode"}
+    def num_open(self) -> int:
+        """Requests that decode workers have, whoever sent them, and those that we have sent on their way."""
+        workers = [known for known in self._workers.values() if known.role == "decode" and known.is_open]
+        loads = [known.status.load for known in workers]
+        return sum(load.running + load.parked for load in loads) + sum(len(known.coming) for known in workers)
 
     @property
     def statuses(self) -> dict[str, WorkerStatus]:
@@ -141,10 +152,12 @@ class Router:
         keys = self._keys_of(request)
         prompt, longest = len(request.prompt_ids), request.longest
         decode = self._best_decode(keys, longest)
-        prefill = self._best_prefill(keys, prompt)
-        hit_there, hit_here = decode.num_hit(keys), prefill.num_hit(keys)
+        hit_there = decode.num_hit(keys)
+        is_little = prompt - hit_there <= self._local_prefill_tokens
+        prefill = None if is_little and not self.has("prefill") else self._best_prefill(keys, prompt)
+        hit_here = prefill.num_hit(keys) if prefill else 0
         decode.coming[request.uid] = pages_for(longest) - hit_there // PAGE_SIZE
-        if hit_there > hit_here and prompt - hit_there <= self._local_prefill_tokens:
+        if prefill is None or (is_little and hit_there > hit_here):
             decode.compute(request.uid, keys, prompt - hit_there)
             return Route(decode.address.name, None, hit_there)
         prefill.compute(request.uid, keys, prompt - hit_here)

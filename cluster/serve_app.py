@@ -13,9 +13,8 @@ import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from cluster.config import ClusterConfig, ConfigError
-from cluster.engines import START_SECONDS, deployment
-from cluster.launch import JOIN_SECONDS
+from cluster.config import MACHINES_SECONDS, ClusterConfig, ConfigError
+from cluster.engines import deployment
 from cluster.supervisor import new_secrets, start_supervisor
 from workers.wire import Role
 
@@ -44,7 +43,7 @@ def build(arguments: Arguments) -> serve.Application:
         problem = "must have prefill and decode, and a ray.address that is not local, to run inside a Ray"
         raise ConfigError(arguments.config.name, "", problem)
     supervisor = start_supervisor(config, new_secrets(), is_detached=True)
-    ray.get(supervisor.directory.remote(), timeout=config.experts.place_seconds + START_SECONDS)
+    ray.get(supervisor.directory.remote(), timeout=config.start_seconds)
     _wait_for_nodes(arguments.role, config)
     return deployment(arguments.role, config)
 
@@ -53,7 +52,7 @@ def _wait_for_nodes(role: Role, config: ClusterConfig) -> None:
     """Engines that start before their nodes are there would fail a few times, and then for good."""
     section = config.role(role)
     gpus = section.engines * section.attention_actors * section.gpus if config.model.device == "cuda" else 0
-    deadline = time.monotonic() + JOIN_SECONDS
+    deadline = time.monotonic() + MACHINES_SECONDS
     while True:
         alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         nodes = [node for node in alive if section.node_labels.items() <= node["Labels"].items()]
@@ -62,5 +61,5 @@ def _wait_for_nodes(role: Role, config: ClusterConfig) -> None:
             return
         if time.monotonic() > deadline:
             problem = f"{len(nodes)} nodes with labels {section.node_labels} and {found:g} of {gpus:g} GPUs"
-            raise TimeoutError(f"only {problem} came for {role} within {JOIN_SECONDS:.0f} s")
+            raise TimeoutError(f"only {problem} came for {role} within {MACHINES_SECONDS:.0f} s")
         time.sleep(_POLL_SECONDS)

@@ -5,6 +5,7 @@ engines, which register again and again, are known within a second.
 """
 
 import logging
+import math
 import secrets
 import threading
 import time
@@ -15,14 +16,19 @@ import ray
 
 from cluster.autoscaling import Autoscaler
 from cluster.config import ClusterConfig
-from cluster.directory import Directory, WorkerEntry
+from cluster.directory import Directory, RoleEngines, WorkerEntry
 from cluster.expert_pool import ExpertPool
 from cluster.ray_runtime import own_host
+from cluster.starts import Starts
 from workers.wire import Role, WorkerStatus
+
+_log = logging.getLogger(__name__)
 
 NAME, NAMESPACE = "supervisor", "eightfold"
 
 _FORGET_SECONDS = 5.0  # an engine that has not registered for so long is gone
+_CALLED_SECONDS = 5.0  # for so long a call for an engine is heard: who scales asks once a second
+_ROLES: tuple[Role, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,14 @@ class Secrets:
 def new_secrets() -> Secrets:
     """Those of a new cluster."""
     return Secrets(secrets.token_bytes(32), secrets.token_bytes(32))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an engine that starts is told: to wait for so long, where others before it have failed."""
+
+    secrets: Secrets
+    wait_seconds: float
 
 
 @dataclass
@@ -58,12 +72,30 @@ class Supervisor:
         self._secrets = secrets
         self._lock = threading.Lock()
         self._engines: dict[str, _Engine] = {}
-        self._scalers = _scalers(config)
+        self._sections = {role: config.role(role) for role in _ROLES if config.is_disaggregated}
+        self._scalers = {
+            role: Autoscaler(role, section.engines, section.autoscale)
+            for role, section in self._sections.items()
+            if section.autoscale
+        }
+        self._starts = {role: Starts() for role in self._sections}
+        self._called = -math.inf
         self._pool = _expert_pool(config, secrets) if config.experts.placement == "pool" else None
 
     def secrets(self) -> Secrets:
-        """For engines that start."""
+        """For gateways that join."""
         return self._secrets
+
+    def begin(self, role: Role) -> Start:
+        """For an engine that starts."""
+        with self._lock:
+            return Start(self._secrets, self._starts[role].wait_seconds)
+
+    def failed(self, role: Role, why: str) -> None:
+        """An engine did not come up."""
+        _log.warning("%s: an engine did not come up: %s", role, why)
+        with self._lock:
+            self._starts[role].failed(why, time.time())
 
     def register(
         self,
@@ -83,6 +115,8 @@ class Supervisor:
             if self._pool and entry not in known_workers:
                 self._pool.subscribe(entry.address.name, actors[entry.address.name])
         with self._lock:
+            if workers and not known_workers:
+                self._starts[workers[0].role].succeeded()
             self._engines[engine] = _Engine(workers, statuses, time.monotonic())
             self._forget_silent()
 
@@ -91,15 +125,22 @@ class Supervisor:
         with self._lock:
             self._forget(engine)
 
-    def directory(self) -> Directory:
-        """Who is there now."""
+    def directory(self, calls_prefill: bool = False) -> Directory:
+        """Who is there now; as of `DirectorySource`."""
         with self._lock:
             self._forget_silent()
+            if calls_prefill:
+                self._called = time.monotonic()
             workers = tuple(entry for engine in self._engines.values() for entry in engine.workers)
             scaling = tuple(scaler.shown() for scaler in self._scalers.values())
-        if not self._pool:
-            return Directory(0, workers, scaling=scaling)
-        return Directory(self._pool.current().epoch, workers, self._pool.entries(), scaling)
+            engines = tuple(self._shall_be(role) for role in self._sections)
+        epoch, experts = (self._pool.current().epoch, self._pool.entries()) if self._pool else (0, ())
+        return Directory(epoch, workers, experts, engines, scaling)
+
+    def _shall_be(self, role: Role) -> RoleEngines:
+        section, scaler, starts = self._sections[role], self._scalers.get(role), self._starts[role]
+        wanted = scaler.wanted if scaler else section.engines
+        return RoleEngines(role, wanted, section.attention_actors, starts.num_failed, starts.last_failure)
 
     def want(self, role: Role, current: int) -> int:
         """How many engines of a role there shall be, where there shall be `current` so far.
@@ -113,7 +154,9 @@ class Supervisor:
                 for name, engine in self._engines.items()
                 if engine.stays and any(entry.role == role for entry in engine.workers)
             }
-            return self._scalers[role].want(current, engines, time.monotonic(), time.time()).after
+            now = time.monotonic()
+            is_called = role == "prefill" and not engines and now - self._called < _CALLED_SECONDS
+            return self._scalers[role].want(current, engines, now, time.time(), is_called=is_called).after
 
     def _forget_silent(self) -> None:
         horizon = time.monotonic() - _FORGET_SECONDS
@@ -125,16 +168,6 @@ class Supervisor:
         if known and self._pool:
             for entry in known.workers:
                 self._pool.unsubscribe(entry.address.name)
-
-
-def _scalers(config: ClusterConfig) -> dict[Role, Autoscaler]:
-    roles: tuple[Role, ...] = ("prefill", "decode")
-    sections = {role: config.role(role) for role in roles if config.is_disaggregated}
-    return {
-        role: Autoscaler(role, section.engines, section.autoscale)
-        for role, section in sections.items()
-        if section.autoscale
-    }
 
 
 def _expert_pool(config: ClusterConfig, secrets: Secrets) -> ExpertPool:
@@ -149,6 +182,7 @@ def _expert_pool(config: ClusterConfig, secrets: Secrets) -> ExpertPool:
         spread=experts.spread,
         node_labels=experts.node_labels,
         place_seconds=experts.place_seconds,
+        start_seconds=config.ray.start_seconds,
         tcp_host=None if config.ray.address == "local" else own_host,
     )
 

@@ -69,6 +69,10 @@ def as_text(status: ClusterStatus) -> str:
         out += ["", f"experts, epoch {parts.epoch}", *_table([["actor", "groups", "node", "pid"], *rows])]
     if parts.scaling:
         out += ["", *_scaling(parts.scaling)]
+    for role in parts.engines:
+        if failure := role.last_failure:
+            failed = f"{role.role}: {failure.in_a_row} engines in a row did not come up"
+            out.append(f"{_clock(failure.at)}  {failed}: {failure.why}")
     return "\n".join(out)
 
 
@@ -76,8 +80,7 @@ def _scaling(roles: Sequence[RoleScaling]) -> list[str]:
     rows = [[one.role, str(one.engines), str(one.wanted), f"{one.need:.2f}", one.why] for one in roles]
     changes = sorted((change for one in roles for change in one.decisions), key=lambda change: change.at)
     told = [
-        f"{time.strftime('%H:%M:%S', time.localtime(change.at))}  {change.role} from {change.before} "
-        f"to {change.after}: {change.why}"
+        f"{_clock(change.at)}  {change.role} from {change.before} to {change.after}: {change.why}"
         for change in changes
     ]
     return [*_table([["scaling", "engines", "wanted", "needed", "because"], *rows]), *told]
@@ -112,6 +115,10 @@ def _share(part: int, whole: int) -> str:
 
 def _groups(first: int, count: int) -> str:
     return str(first) if count == 1 else f"{first} to {first + count - 1}"
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
 
 
 def _duration(seconds: int) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.autoscaling import RoleScaling
-from cluster.directory import ExpertEntry
+from cluster.directory import ExpertEntry, RoleEngines
+from cluster.gateway.errors import Overloaded
 from model.chat.encoding import ChatEncoding
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer
@@ -46,13 +47,30 @@ class Parts:
 
     Attributes:
         epoch: that of the expert placement, 0 where experts are not apart.
+        engines: of each role, what there shall be; empty where one process is all.
         scaling: of each role whose engines come and go.
     """
 
     epoch: int
     workers: tuple[WorkerReport, ...]
     experts: tuple[ExpertEntry, ...]
+    engines: tuple[RoleEngines, ...] = ()
     scaling: tuple[RoleScaling, ...] = ()
+
+
+def check_room(num_waiting: int, max_waiting: int, num_open: int, max_open: int) -> None:
+    """Refuses one more request where too many wait for a token, or too many are open altogether.
+
+    All that are open share what there is: one more than can be borne within anybody's patience makes every
+    answer late, so that under an overload nobody would get what all are computed for.
+
+    Raises:
+        Overloaded: there are as many as there may be.
+    """
+    if num_waiting >= max_waiting:
+        raise Overloaded(f"{max_waiting} requests are waiting already; try again a little later")
+    if num_open >= max_open:
+        raise Overloaded(f"{max_open} requests are open already; try again a little later")
 
 
 class TokenStream(Protocol):
@@ -96,6 +114,14 @@ class Backend(Protocol):
             Overloaded: no room now.
             ReplicaLost: whoever was to run it is gone.
             RequestError: it can never run here.
+        """
+        ...
+
+    def check_room(self) -> None:
+        """Refuses what could not be taken on now, before time is spent on reading it.
+
+        Raises:
+            Overloaded: too many requests are open.
         """
         ...
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from cluster.directory import Directory, DirectorySource, WorkerEntry
-from cluster.gateway.backend import ModelFacts, OnStages, Parts, WorkerReport
+from cluster.gateway.backend import ModelFacts, OnStages, Parts, WorkerReport, check_room
 from cluster.gateway.errors import ExpertsLost, Overloaded, Refusal, ReplicaLost, StepFailed
 from cluster.gateway.errors import Kind as RefusalKind
 from cluster.gateway.stream import QueuedStream
-from cluster.router import NoRoute, Router
+from cluster.router import NoRoute, Route, Router
 from model.errors import RequestError
 from workers.load import WorkerLoad
 from workers.sequence import Request, Token
@@ -30,6 +30,7 @@ _DIRECTORY_SECONDS = 0.5  # how soon a worker that joined is used
 _ASK_SECONDS = 5.0
 _CONNECT_SECONDS = 1.0
 _RETRY_SECONDS = 2.0  # until a worker that could not be reached is tried again: the loop waits for it
+_CALLED_RETRY_SECONDS = 10.0  # to whoever waited in vain for an engine to start
 _SEND_SECONDS = 0.5  # for a worker whose ring is full: it has not read for long
 _MAIL_AT_ONCE = 256  # events handled before others have their turn
 
@@ -39,16 +40,21 @@ class BackendLimits:
     """What the backend takes on.
 
     Attributes:
-        max_waiting: requests that may wait for their first token; more are refused.
+        max_waiting: requests that may wait for a token here, as of `check_room`.
+        max_open: requests that may be open for each decode worker, those of other gateways included.
         max_unread: tokens that a reader may be behind before its request is cancelled.
         request_seconds: what a worker may spend on a request; the answer's own budgets are shorter.
         silence_seconds: a worker that says nothing for so long is taken for dead.
+        prefill_seconds: where prefill engines go when nobody needs them, how long a request waits for one to
+            come; None where there is always one.
     """
 
     max_waiting: int = 64
+    max_open: int = 512
     max_unread: int = 4096
     request_seconds: float = 600.0
     silence_seconds: float = 15.0
+    prefill_seconds: float | None = None
 
 
 class ClusterStream(QueuedStream):
@@ -114,6 +120,9 @@ class ClusterBackend:
         self._met: dict[str, _Met] = {}
         self._retry: dict[Address, Deadline] = {}  # workers that could not be reached
         self._left: set[Address] = set()  # workers that leave and that we have parted from
+        self._num_held = 0  # requests that wait for a prefill worker to come
+        self._has_called = False  # whether one was missed since the directory was asked last
+        self._prefill_came = asyncio.Event()
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -123,7 +132,8 @@ class ClusterBackend:
 
     @property
     def is_ready(self) -> bool:
-        return self._router.is_complete and not self._stopping
+        has_prefill = self._router.has("prefill") or self._limits.prefill_seconds is not None
+        return self._router.has("decode") and has_prefill and not self._stopping
 
     @property
     def statuses(self) -> dict[str, WorkerStatus]:
@@ -137,7 +147,7 @@ class ClusterBackend:
         self._tasks.append(asyncio.create_task(self._keep_up()))
 
     async def wait_until_ready(self, seconds: float) -> None:
-        """Until there are workers of both roles.
+        """Until requests can be run.
 
         Raises:
             TimeoutError: there were none.
@@ -151,6 +161,7 @@ class ClusterBackend:
         if self._stopping:
             return
         self._stopping = True
+        self._prefill_came.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -161,12 +172,10 @@ class ClusterBackend:
     async def generate(self, request: Request) -> ClusterStream:
         if not self.is_ready:
             raise Overloaded("the model is not running")
-        if self.load().waiting >= self._limits.max_waiting:
-            limit = self._limits.max_waiting
-            raise Overloaded(f"{limit} requests are waiting already; try again a little later")
+        self.check_room()
         assert request.uid not in self._streams, request.uid
         try:
-            route = self._router.choose(request)
+            route = await self._route(request)
         except NoRoute:
             raise Overloaded("the model is not running") from None
         budget = Deadline.after(self._limits.request_seconds).left_us()
@@ -178,6 +187,33 @@ class ClusterBackend:
             raise ReplicaLost
         return stream
 
+    async def _route(self, request: Request) -> Route:
+        """Who runs it. Where all prefill engines have gone it calls for one; a long prompt waits for that.
+
+        Raises:
+            NoRoute: nobody can.
+            Overloaded: no prefill engine came in time.
+        """
+        if self._router.has("prefill") or self._limits.prefill_seconds is None:
+            return self._router.choose(request)
+        self._has_called = True
+        self._num_held += 1
+        try:
+            async with asyncio.timeout(self._limits.prefill_seconds):
+                while True:
+                    try:
+                        return self._router.choose(request)
+                    except NoRoute:
+                        if not self.is_ready:
+                            raise
+                    self._prefill_came.clear()
+                    await self._prefill_came.wait()
+        except TimeoutError:
+            problem = "the engine that this request needs is still starting; try again later"
+            raise Overloaded(problem, _CALLED_RETRY_SECONDS) from None
+        finally:
+            self._num_held -= 1
+
     def cancel(self, uid: str) -> None:
         """Drops a request, open or not."""
         if stream := self._close(uid):
@@ -188,11 +224,16 @@ class ClusterBackend:
         self._router.settle(uid)
         return self._streams.pop(uid, None)
 
+    def check_room(self) -> None:
+        limits, here = self._limits, len(self._streams) + self._num_held
+        max_open = limits.max_open * self._router.count("decode")
+        check_room(self.load().waiting, limits.max_waiting, max(here, self._router.num_open), max_open)
+
     def load(self) -> WorkerLoad:
         started = sum(stream.has_started for stream in self._streams.values())
         decoding = [status.load for status in self._router.statuses.values() if status.role == "decode"]
         return WorkerLoad(
-            waiting=len(self._streams) - started,
+            waiting=len(self._streams) - started + self._num_held,
             running=started,
             free_pages=sum(load.free_pages for load in decoding),
             num_pages=sum(load.num_pages for load in decoding),
@@ -212,7 +253,7 @@ class ClusterBackend:
             if entry.address.name in statuses
         )
         known = self.directory
-        return Parts(known.epoch, workers, known.experts, known.scaling)
+        return Parts(known.epoch, workers, known.experts, known.engines, known.scaling)
 
     # What workers say
 
@@ -248,6 +289,8 @@ class ClusterBackend:
                     self._fail([failed.uid], _as_error(failed))
                 case Kind.STATUS:
                     self._router.report(name, unpack(WorkerStatus, message))
+                    if self._num_held and self._router.has("prefill"):
+                        self._prefill_came.set()
                 case Kind.STAGES:
                     self.on_stages(name, unpack(Stages, message))
                 case _:
@@ -282,8 +325,9 @@ class ClusterBackend:
     async def _keep_up(self) -> None:
         while True:
             try:
+                calls, self._has_called = self._has_called or self._num_held > 0, False
                 async with asyncio.timeout(_ASK_SECONDS):
-                    self.directory = await self._ask()
+                    self.directory = await self._ask(calls)
             except Exception as error:  # the supervisor may be starting anew; the workers go on
                 _log.warning("nobody says who is there: %s", type(error).__name__)
             if self._read():  # whoever is taken for silent has said nothing that we have not heard

@@ -153,6 +153,7 @@ class Gateway:
         self.metrics.unknown_fields.inc(len(call.unknown_fields))
         if self.is_draining:
             raise Overloaded("the server is shutting down; send the request again", retry_after=5.0)
+        self.backend.check_room()
 
     async def _open(
         self, params: SamplingParams, ids: list[int], tenant: str, make_reader: _MakeReader, span: RequestSpan

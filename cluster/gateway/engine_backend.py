@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 
-from cluster.gateway.backend import ModelFacts, OnStages, Parts, WorkerReport
+from cluster.gateway.backend import ModelFacts, OnStages, Parts, WorkerReport, check_room
 from cluster.gateway.errors import (
     ExpertsLost,
     Kind,
@@ -56,7 +56,7 @@ class EngineBackend:
     Args:
         engine: nobody else may use it once this is started.
         facts: of its model.
-        max_waiting: requests that may wait for their first token; more are refused.
+        max_waiting, max_open: requests that may wait for a token, and be open; as of `check_room`.
         max_unread: tokens that a reader may be behind before its request is cancelled.
         dispatch: of the engine's experts, where they are elsewhere.
     """
@@ -67,11 +67,12 @@ class EngineBackend:
         facts: ModelFacts,
         *,
         max_waiting: int = 64,
+        max_open: int = 512,
         max_unread: int = 4096,
         dispatch: DispatchStats | None = None,
     ) -> None:
         self._engine, self._facts = engine, facts
-        self._max_waiting, self._max_unread = max_waiting, max_unread
+        self._max_waiting, self._max_open, self._max_unread = max_waiting, max_open, max_unread
         self._streams: dict[str, EngineStream] = {}
         self.on_stages: OnStages = lambda worker, stages: None
         self._held: set[str] = set()  # what the engine has; the thread's own
@@ -108,8 +109,7 @@ class EngineBackend:
             raise StepFailed
         if not self.is_ready:
             raise Overloaded("the model is not running")
-        if self.load().waiting >= self._max_waiting:
-            raise Overloaded(f"{self._max_waiting} requests are waiting already; try again a little later")
+        self.check_room()
         assert request.uid not in self._streams, request.uid
         stream = self._streams[request.uid] = EngineStream(request.uid, self.cancel)
         self._order(lambda: self._add(request, stream))
@@ -124,6 +124,9 @@ class EngineBackend:
         """Drops a request, open or not."""
         if self._streams.pop(uid, None):
             self._order(lambda: self._drop(uid))
+
+    def check_room(self) -> None:
+        check_room(self.load().waiting, self._max_waiting, len(self._streams), self._max_open)
 
     def load(self) -> WorkerLoad:
         running = sum(stream.has_started for stream in self._streams.values())

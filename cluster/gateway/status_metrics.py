@@ -3,6 +3,7 @@
 Every gateway shows all workers. Where there are several, `max by (role, worker)` counts each worker once.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from cluster.directory import RoleEngines
 from cluster.gateway.backend import WorkerReport
+from workers.wire import WorkerStatus
 
 if TYPE_CHECKING:
     from cluster.gateway.status import ClusterStatus
@@ -33,6 +36,8 @@ class StatusMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._gateway()
+        yield from self._engines()
+        yield from self._scaling()
         yield from self._load()
         yield from self._counts()
         yield self._hand_overs()
@@ -59,6 +64,61 @@ class StatusMetrics(Collector):
         yield _gauge(
             "eightfold_workers", "Attention workers that were heard of lately.", ("role",),
             [((role,), roles.count(role)) for role in ("prefill", "decode")],
+        )  # fmt: skip
+
+    def _engines(self) -> Iterator[Metric]:
+        roles = self._status.parts.engines
+        yield _gauge(
+            "eightfold_engines", "Engines: running with all their workers, starting or lost, or draining.",
+            ("role", "state"),
+            [((role.role, state), count) for role in roles for state, count in self._states(role).items()],
+        )  # fmt: skip
+        yield _gauge(
+            "eightfold_engines_wanted", "Engines that there shall be.", ("role",),
+            [((role.role,), role.wanted) for role in roles],
+        )  # fmt: skip
+        yield _counter(
+            "eightfold_engine_failed_starts", "Engines that did not come up.", ("role",),
+            [((role.role,), role.failed_starts) for role in roles],
+        )  # fmt: skip
+
+    def _states(self, role: RoleEngines) -> dict[str, int]:
+        members: defaultdict[str, list[WorkerStatus]] = defaultdict(list)
+        for worker in self._workers:
+            if worker.status.role == role.role:
+                members[worker.engine].append(worker.status)
+        draining = sum(any(status.leaving for status in engine) for engine in members.values())
+        whole = sum(
+            len(engine) == role.workers and not any(status.leaving for status in engine)
+            for engine in members.values()
+        )
+        return {"running": whole, "starting": max(0, role.wanted - whole), "draining": draining}
+
+    def _scaling(self) -> Iterator[Metric]:
+        roles = self._status.parts.scaling
+        yield _gauge(
+            "eightfold_scaling_need", "Engines that a role needs, for each reason by itself.",
+            ("role", "reason"),
+            [((role.role, reason), engines) for role in roles for reason, engines in role.parts],
+        )  # fmt: skip
+        yield _gauge(
+            "eightfold_scaling_predicted_seconds",
+            "Prefill: to the first token of a prompt that comes now. Decode: from token to token of late.",
+            ("role",),
+            [
+                ((role.role,), role.predicted_seconds)
+                for role in roles
+                if role.predicted_seconds is not None
+            ],
+        )  # fmt: skip
+        yield _gauge(
+            "eightfold_scaling_objective_seconds", "What that is to be at most.", ("role",),
+            [((role.role,), role.objective_seconds) for role in roles],
+        )  # fmt: skip
+        yield _counter(
+            "eightfold_scaling_decisions", "Times that other engines were wanted, and why.",
+            ("role", "direction", "reason"),
+            [((role.role, *why), count) for role in roles for *why, count in role.counts],
         )  # fmt: skip
 
     def _load(self) -> Iterator[Metric]:

@@ -113,6 +113,52 @@ ROWS = (
         ),
     ),
     Row(
+        "Engines",
+        (
+            Panel(
+                "Engines by state", "How many are there, how many shall there be?", "short",
+                (
+                    Query(
+                        f"max by (role, state) (eightfold_engines{{{_JOB}}})", "{{role}} {{state}}"
+                    ),
+                    Query(f"max by (role) (eightfold_engines_wanted{{{_JOB}}})", "{{role}} wanted"),
+                ),
+            ),
+            Panel(
+                "Engines needed, by reason", "What is short, where it scales?", "short",
+                (
+                    Query(
+                        f"max by (role, reason) (eightfold_scaling_need{{{_JOB}}})", "{{role}} {{reason}}"
+                    ),
+                ),
+            ),
+            Panel(
+                "Predicted against objective", "Are objectives kept?", "s",
+                (
+                    Query(f"max by (role) (eightfold_scaling_predicted_seconds{{{_JOB}}})", "{{role}}"),
+                    Query(
+                        f"max by (role) (eightfold_scaling_objective_seconds{{{_JOB}}})",
+                        "{{role}} objective",
+                    ),
+                ),
+            ),
+            Panel(
+                "Decisions an hour, and failed starts", "Does it swing? Do engines come up?", "short",
+                (
+                    Query(
+                        "max by (role, direction, reason) ("
+                        f"increase(eightfold_scaling_decisions_total{{{_JOB}}}[1h]))",
+                        "{{role}} {{direction}}: {{reason}}",
+                    ),
+                    Query(
+                        f"max by (role) (increase(eightfold_engine_failed_starts_total{{{_JOB}}}[1h]))",
+                        "{{role}} failed starts",
+                    ),
+                ),
+            ),
+        ),
+    ),
+    Row(
         "Steps",
         (
             Panel(

@@ -5,8 +5,7 @@ from typing import Any
 
 import yaml
 
-from cluster.config import ClusterConfig, ConfigError
-from cluster.launch import JOIN_SECONDS
+from cluster.config import MACHINES_SECONDS, ClusterConfig, ConfigError
 from cluster.render.groups import Group
 from cluster.render.section import KubernetesSection
 
@@ -56,7 +55,7 @@ def inside(config: ClusterConfig, kubernetes: KubernetesSection, groups: tuple[G
         if group.role in ("prefill", "decode", "experts"):
             told[group.role]["node_labels"] = group.node_labels
     if config.experts.placement == "pool":
-        told["experts"]["place_seconds"] = max(config.experts.place_seconds, JOIN_SECONDS)
+        told["experts"]["place_seconds"] = max(config.experts.place_seconds, MACHINES_SECONDS)
     ClusterConfig.model_validate(told)
     text: str = yaml.safe_dump(told, sort_keys=True, allow_unicode=True)
     return text

@@ -1,10 +1,10 @@
 """Pod templates: what runs, as whom, with which files, and how it is asked whether it works."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import ClusterConfig
-from cluster.launch import JOIN_SECONDS
 from cluster.render.description import (
     CHECKPOINT_DIRECTORY,
     CONFIG_DIRECTORY,
@@ -212,7 +212,7 @@ def _gateway_probes(facts: PodFacts) -> dict[str, Any]:
         get("/readyz") if has_tls else {"grpc": {"port": facts.config.gateway.grpc_port, "service": SERVICE}}
     )
     common = {"periodSeconds": _PROBE_SECONDS, "timeoutSeconds": 2}
-    tries = int(JOIN_SECONDS / _PROBE_SECONDS)
+    tries = math.ceil(facts.config.join_seconds / _PROBE_SECONDS)
     return {
         "startupProbe": {**get("/readyz"), **common, "failureThreshold": tries},
         "livenessProbe": {**get("/healthz"), **common, "failureThreshold": 6},

@@ -16,12 +16,12 @@ from workers.wire import Role, WorkerStatus
 SECTION = AutoscaleSection(max=8, objective_seconds=2.0, settle_seconds=60.0)
 
 
-def decided(current: int, needs: list[Need], changed: float) -> tuple[int, str]:
+def decided(current: int, needs: list[Need], changed: float) -> tuple[int, str, str]:
     return decide(Bounds(1, 8), current, needs, changed, SECTION.settle_seconds)
 
 
 def steady(engines: float, seconds: int = 100) -> list[Need]:
-    return [Need(float(now), engines, "because") for now in range(seconds)]
+    return [Need(float(now), engines, "time", "because") for now in range(seconds)]
 
 
 # Needs
@@ -71,21 +71,27 @@ def test_decode_needs_engines_for_pages_and_for_sequences(load: Load, engines: f
 
 
 def test_it_goes_up_at_once_as_far_as_needs_agree() -> None:
-    needs = [*steady(0.5), Need(100.0, 4.2, "x"), Need(101.0, 3.1, "y"), Need(102.0, 6.0, "z")]
-    assert decided(1, needs, -math.inf) == (4, "z")
+    needs = [
+        *steady(0.5),
+        *[
+            Need(100.0 + i, n, "queue", why)
+            for i, (n, why) in enumerate([(4.2, "x"), (3.1, "y"), (6.0, "z")])
+        ],
+    ]
+    assert decided(1, needs, -math.inf) == (4, "queue", "z")
     assert decided(1, needs[:-1], -math.inf)[0] == 1  # not for long enough
-    assert decided(1, [*needs, Need(103.0, 0.9, "")], -math.inf)[0] == 1  # one moment disagrees
+    assert decided(1, [*needs, Need(103.0, 0.9, "time", "")], -math.inf)[0] == 1  # one moment disagrees
     assert decided(4, needs, 102.0)[0] == 4  # they are on their way
 
 
 def test_it_goes_down_by_one_when_all_of_a_while_fits_into_the_others() -> None:
     assert decided(4, steady(2.2), 0.0)[0] == 3
     assert decided(4, steady(2.3), 0.0)[0] == 4  # more than three quarters of three
-    assert decided(4, [*steady(0.1, 50), Need(50, 2.9, ""), *steady(0.1)[51:]], 0.0)[0] == 4
+    assert decided(4, [*steady(0.1, 50), Need(50, 2.9, "time", ""), *steady(0.1)[51:]], 0.0)[0] == 4
     assert decided(4, steady(0.1), 45.0)[0] == 4  # it changed a moment ago
     assert decided(4, steady(0.1, 50), -math.inf)[0] == 4  # nobody has looked for long enough
-    after, why = decided(4, steady(0.1), 0.0)
-    assert after == 3
+    after, reason, why = decided(4, steady(0.1), 0.0)
+    assert (after, reason) == (3, "settled")
     assert "last 60 s" in why
 
 
@@ -289,3 +295,35 @@ def test_engines_that_are_lost_for_long_are_not_taken_for_needless() -> None:
     told = [*[both] * 30, *[{}] * 100, *[both] * 70]
     wanted = [scaler.want(2, engines, float(now), 0.0).after for now, engines in enumerate(told)]
     assert wanted.index(1) == 130 + 59  # the last moment without them is the 130th
+
+
+def test_the_last_engine_goes_only_where_nothing_at_all_was_needed() -> None:
+    none = Bounds(0, 8)
+    assert decide(none, 1, steady(0.0), 0.0, 60.0)[:2] == (0, "settled")
+    assert (
+        decide(none, 1, [*steady(0.0, 50), Need(50, 0.01, "time", ""), *steady(0.0)[51:]], 0.0, 60.0)[0] == 1
+    )
+    assert decide(none, 0, steady(0.0), 0.0, 60.0)[0] == 0
+    assert decide(none, 0, [Need(0.0, 1.0, "called", "why")], 0.0, 60.0) == (1, "called", "why")  # at once
+    assert decide(none, 1, steady(1.0), 0.0, 60.0)[0] == 1  # it starts, and there is no other to call for
+
+
+@pytest.mark.parametrize(
+    ("load", "parts", "predicted"),
+    [
+        (Load(0, 0), {"time": 0.0, "called": 1.0}, None),
+        (Load(0, 1, is_used=True), {"time": 0.01, "called": 1.0}, None),
+        (
+            Load(0, 2, requests=9, queued_tokens=1500, token_rate=500.0, busy=0.4),
+            {"time": 0.5, "queue": 1.5, "called": 1.0},
+            1.5,
+        ),
+    ],
+)
+def test_a_need_says_what_it_is_for_each_reason(
+    load: Load, parts: dict[str, float], predicted: float | None
+) -> None:
+    need = needed("prefill", load, 2.0, is_called=True)
+    assert dict(need.parts) == pytest.approx(parts)
+    assert need.engines == max(parts.values())
+    assert need.predicted_seconds == predicted

@@ -66,7 +66,15 @@ def test_tracing_is_off_until_it_is_told_where_to_send(tmp_path: Path) -> None:
         ("engine: {drafts: 9}", "engine.drafts: is 9"),
         ("engine: {drafts: many}", "engine.drafts: is 'many'; it should be 0, 1, 2, 3 or 'auto'"),
         ("prefill: {engines: 1}", "decode is missing: give both prefill and decode, or neither"),
-        ("decode: {engines: 0}\nprefill: {}", "decode.engines: is 0"),
+        ("decode: {engines: -1}\nprefill: {}", "decode.engines: is -1"),
+        ("decode: {}\nprefill: {engines: 0}", "prefill: engines is 0, which goes with autoscale only"),
+        (
+            "prefill: {}\ndecode: {engines: 0, autoscale: {max: 2, objective_seconds: 1}}",
+            "decode.engines is 0; there is at least one",
+        ),
+        ("ray: {start_seconds: 9}", "ray.start_seconds: is 9; it should be greater than or equal to 10"),
+        ("ray: {start_seconds: 86400}", "ray.start_seconds: is 86400"),
+        ("engine: {max_open: 0}", "engine.max_open: is 0"),
         (
             "prefill: {}\ndecode: {engines: 3, autoscale: {max: 2, objective_seconds: 1}}",
             "decode: autoscale.max is 2; it is at least engines, 3",

@@ -96,3 +96,9 @@ def test_a_killed_actor_is_an_error_at_once_and_the_pool_comes_back(
         time.sleep(0.1)
     assert answer(engine, prompt_ids, "after") == expected
     assert len(pool.stats()) == 8
+
+
+def test_actors_that_take_too_long_are_given_up_and_the_key_is_named(pool: ExpertPool) -> None:
+    problem = r"expert actors did not come up within 0\.01 s; ray\.start_seconds may allow more"
+    with pytest.raises(TimeoutError, match=problem):
+        ExpertPool(DEMO, 2, start_seconds=0.01)

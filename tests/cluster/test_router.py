@@ -26,6 +26,10 @@ def keys_of(prompt: tuple[int, ...], num_pages: int, tenant: str = "") -> tuple[
     return tuple(map(short_key, keys))
 
 
+def is_complete(router: Router) -> bool:
+    return router.has("prefill") and router.has("decode")
+
+
 def tell(
     router: Router,
     name: str,
@@ -57,10 +61,10 @@ def decode_of(route: Route) -> str:
     return route.decode.name if route.decode else route.first
 
 
-@pytest.mark.parametrize(("num_prefill", "num_decode"), [(0, 0), (1, 0), (0, 1)])
-def test_without_workers_of_both_roles_there_is_no_route(num_prefill: int, num_decode: int) -> None:
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(0, 0), (1, 0)])
+def test_without_a_decode_worker_there_is_no_route(num_prefill: int, num_decode: int) -> None:
     router = a_router(num_prefill, num_decode)
-    assert not router.is_complete
+    assert not is_complete(router)
     with pytest.raises(NoRoute):
         router.choose(ask((1, 2)))
 
@@ -76,7 +80,7 @@ def test_a_worker_that_left_is_not_chosen_and_not_listed() -> None:
         route = router.choose(ask((1, 2), uid=f"{i}"))
         assert (route.first, decode_of(route)) == ("prefill-1", "decode-0")
     router.leave("decode-0")
-    assert not router.is_complete
+    assert not is_complete(router)
 
 
 def test_prefill_goes_where_least_is_left_to_compute() -> None:
@@ -177,7 +181,7 @@ def test_a_worker_of_which_nothing_is_known_is_not_chosen() -> None:
     router.join(Address("decode-9"), "decode")
     assert decode_of(router.choose(ask((1,)))) == "decode-0"
     router.leave("decode-0")
-    assert not router.is_complete
+    assert not is_complete(router)
     tell(router, "decode-9", full=True)
     assert decode_of(router.choose(ask((1,)))) == "decode-9"
 
@@ -194,9 +198,9 @@ def test_a_worker_that_leaves_is_chosen_no_more_even_where_all_pages_lie(role: R
     for i in range(4):
         route = router.choose(ask(prompt, uid=f"{i}"))
         assert name not in (route.first, decode_of(route))
-    assert router.is_complete
+    assert is_complete(router)
     router.report(f"{role}-1", WorkerStatus(role, WorkerLoad(num_pages=1000), leaving=True))
-    assert not router.is_complete
+    assert not is_complete(router)
     with pytest.raises(NoRoute):
         router.choose(ask(prompt))
 
@@ -279,3 +283,27 @@ def test_choices_of_one_prompt_go_where_the_first_went() -> None:
     for choice in range(4):
         router.settle(f"r-{choice}")
     assert router.choose(Request("other", prompt, SamplingParams(max_tokens=4))).num_hit == 0
+
+
+def test_without_a_prefill_worker_short_prompts_run_where_they_decode_and_long_ones_nowhere() -> None:
+    router = a_router(num_prefill=1, num_decode=1, local=100)
+    router.leave("prefill-0")
+    assert router.choose(ask(tuple(range(100)), uid="short")) == Route("decode-0", None, 0)
+    with pytest.raises(NoRoute, match="prefill"):
+        router.choose(ask(tuple(range(500, 601)), uid="long"))
+    tell(router, "decode-0", added=keys_of(tuple(range(300)), 4))
+    assert router.choose(ask(tuple(range(300)), uid="turn two")) == Route("decode-0", None, 256)
+    router.leave("decode-0")
+    with pytest.raises(NoRoute, match="decode"):
+        router.choose(ask((1, 2), uid="nobody"))
+
+
+def test_open_requests_are_those_that_decode_workers_tell_of_and_those_on_their_way() -> None:
+    router = a_router(num_prefill=1, num_decode=2)
+    assert router.num_open == 0
+    router.choose(ask((1, 2), uid="ours"))
+    tell(router, "decode-0", running=3)  # of another gateway
+    tell(router, "prefill-0", running=9)
+    assert router.num_open == 4
+    router.settle("ours")
+    assert router.num_open == 3

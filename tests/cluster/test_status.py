@@ -10,8 +10,10 @@ import pytest
 from cluster.autoscaling import Decision, RoleScaling
 from cluster.cli import main
 from cluster.commands.status import as_text
+from cluster.directory import RoleEngines
 from cluster.gateway.backend import Parts, WorkerReport
 from cluster.gateway.status import ClusterStatus
+from cluster.starts import FailedStart
 from tests.checkpoints import DEMO
 from tests.cluster.gateway.serving import HARBOR, Served, serve
 from workers.load import WorkerLoad
@@ -72,11 +74,18 @@ def test_a_key_is_needed_where_keys_are_configured(
 
 
 def test_a_page_shows_who_leaves_and_how_it_is_scaled() -> None:
-    decisions = (Decision("decode", 1e9, 2, 3, "90 of 100 pages are in use"),)
-    scaling = (RoleScaling("decode", 2, 3, 2.25, "90 of 100 pages are in use", decisions),)
+    decisions = (Decision("decode", 1e9, 2, 3, "pages", "90 of 100 pages are in use"),)
+    scaling = RoleScaling(
+        "decode", 2, 3, 2.25, "90 of 100 pages are in use", (("pages", 2.25),), 0.05, 0.04, decisions,
+        (("up", "pages", 1),),
+    )  # fmt: skip
+    failure = FailedStart(1e9, "TimeoutError: not in time", 3)
+    engines = RoleEngines("prefill", 1, 1), RoleEngines("decode", 3, 1, 4, failure)
     worker = WorkerReport("d", "e", "n", 1, WorkerStatus("decode", WorkerLoad(), leaving=True))
-    parts = Parts(0, (worker,), (), scaling)
+    parts = Parts(0, (worker,), (), engines, (scaling,))
     text = as_text(ClusterStatus("demo", "digest", 100, True, False, 1, 0, 0, 0, parts))
     assert re.search(r"^d +decode, leaving ", text, re.M)
     assert re.search(r"^decode +2 +3 +2\.25 +90 of 100 pages are in use$", text, re.M)
     assert "decode from 2 to 3: 90 of 100 pages are in use" in text
+    assert "decode: 3 engines in a row did not come up: TimeoutError: not in time" in text
+    assert "prefill: " not in text

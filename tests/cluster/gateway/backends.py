@@ -48,11 +48,13 @@ class Listed:
 
     entries: dict[str, tuple[Role, Address]] = field(default_factory=dict)
     is_broken: bool = False
+    calls: int = 0
 
     def add(self, role: Role, worker: Worker) -> None:
         self.entries[worker.name] = role, worker.endpoint.address
 
-    async def __call__(self) -> Directory:
+    async def __call__(self, calls_prefill: bool) -> Directory:
+        self.calls += calls_prefill
         if self.is_broken:
             raise RuntimeError("the supervisor is away")
         return Directory(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.directory import ExpertEntry
+from cluster.autoscaling import RoleScaling
+from cluster.directory import ExpertEntry, RoleEngines
 from cluster.gateway.backend import Parts, WorkerReport
 from cluster.gateway.metrics import Metrics
 from cluster.gateway.status import ClusterStatus
@@ -64,7 +65,13 @@ def a_worker(role: Role, name: str) -> WorkerReport:
 def a_status() -> ClusterStatus:
     workers = a_worker("prefill", "prefill-0"), a_worker("decode", "decode-0"), a_worker("decode", "decode-1")
     experts = ExpertEntry("experts-0", 0, 4, "node", 2), ExpertEntry("experts-1", 4, 4, "node", 3)
-    return ClusterStatus("demo", "d" * 64, 4096, True, False, 12, 5, 6, 900, Parts(3, workers, experts))
+    engines = RoleEngines("prefill", 1, 1), RoleEngines("decode", 2, 2, 3)
+    scaling = RoleScaling(
+        "decode", 1, 2, 1.5, "because", (("pages", 0.5), ("sequences", 1.5)), 0.05, 0.04, (),
+        (("down", "settled", 2), ("up", "sequences", 3)),
+    )  # fmt: skip
+    parts = Parts(3, workers, experts, engines, (scaling,))
+    return ClusterStatus("demo", "d" * 64, 4096, True, False, 12, 5, 6, 900, parts)
 
 
 def a_full_page() -> str:

@@ -135,7 +135,7 @@ def serve(
     context = min(model.config.max_position_embeddings, tokens)
     facts = ModelFacts(model.config, *load_text(DEMO, model.config), model.checkpoint.digest, context)
     backend = EngineBackend(
-        engine, facts, max_waiting=config.engine.max_waiting,
+        engine, facts, max_waiting=config.engine.max_waiting, max_open=config.engine.max_open,
         max_unread=config.gateway.limits.max_unread_tokens,
     )  # fmt: skip
 

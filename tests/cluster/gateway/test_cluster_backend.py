@@ -179,3 +179,82 @@ def test_the_openai_client_gets_its_answer_and_the_next_turn_finds_it(demo: Loca
         assert first.usage
         assert second.usage
         assert second.usage.prompt_cache_hit_tokens >= first.usage.prompt_tokens // 64 * 64 > 0  # type: ignore[attr-defined]
+
+
+# No prefill worker
+
+
+def test_a_long_prompt_waits_for_a_prefill_worker_and_a_short_one_does_not(demo: LocalModel, oracle) -> None:
+    async def work() -> None:
+        entry = listed.entries.pop("prefill")
+        async with started(demo, listed, BackendLimits(prefill_seconds=20.0)) as backend:
+            await backend.wait_until_ready(10)
+            short = await backend.generate(Request("short", oracle["code"].ids, greedy(3)))
+            assert short.first == "decode"
+            assert await read(short) == oracle["code"].answer[:3]
+            await eventually(lambda: listed.calls == 1)
+            ids = oracle["lookup_300"].ids * 2
+            long = asyncio.create_task(backend.generate(Request("long", ids, greedy(3))))
+            gone = asyncio.create_task(backend.generate(Request("gone", ids, greedy(3))))
+            await eventually(lambda: listed.calls > 3)  # as long as they wait
+            assert backend.load().waiting == 2
+            gone.cancel()
+            await eventually(lambda: backend.load().waiting == 1)
+            listed.entries["prefill"] = entry
+            stream = await long
+            assert stream.first == "prefill"
+            assert len(await read(stream)) == 3
+            calls = listed.calls
+            await asyncio.sleep(1.2)
+            assert listed.calls == calls
+
+    with pair(demo) as (listed, _, _):
+        run(work())
+
+
+def test_who_waits_in_vain_for_a_prefill_worker_is_told_when_to_come_again(demo: LocalModel, oracle) -> None:
+    async def work() -> None:
+        del listed.entries["prefill"]
+        async with started(demo, listed, BackendLimits(prefill_seconds=0.3)) as backend:
+            await backend.wait_until_ready(10)
+            with pytest.raises(Overloaded, match="still starting") as caught:
+                await backend.generate(Request("long", oracle["lookup_300"].ids * 2, greedy(3)))
+            assert caught.value.retry_after == 10.0
+            assert backend.load().waiting == 0
+
+    with pair(demo) as (listed, _, _):
+        run(work())
+
+
+def test_where_prefill_stays_its_loss_is_no_reason_to_wait(demo: LocalModel, oracle) -> None:
+    async def work() -> None:
+        del listed.entries["prefill"]
+        async with started(demo, listed) as backend:
+            await eventually(lambda: bool(backend.statuses))
+            assert not backend.is_ready
+            with pytest.raises(Overloaded, match="not running"):
+                await backend.generate(Request("short", oracle["code"].ids, greedy(3)))
+
+    with pair(demo) as (listed, _, _):
+        run(work())
+
+
+def test_more_than_may_be_open_are_refused(demo: LocalModel, oracle) -> None:
+    async def work() -> None:
+        async with started(demo, listed, BackendLimits(max_open=2)) as backend:
+            streams = [
+                await backend.generate(Request(f"{i}", oracle["code"].ids, greedy(300))) for i in range(2)
+            ]
+            for stream in streams:
+                await anext(stream)  # running, and not waiting any more
+            await eventually(lambda: not backend._router._workers["decode"].coming)
+            with pytest.raises(Overloaded, match="2 requests are open"):
+                backend.check_room()
+            with pytest.raises(Overloaded, match="2 requests are open"):
+                await backend.generate(Request("more", oracle["code"].ids, greedy(3)))
+            await streams[0].aclose()
+            await eventually(lambda: backend._router.num_open < 2)  # when its worker has told
+            assert await read(await backend.generate(Request("now", oracle["code"].ids, greedy(3))))
+
+    with pair(demo) as (listed, _, _):
+        run(work())

@@ -94,7 +94,7 @@ def test_a_successor_that_is_there_before_the_loss_was_read(
             listed.add("decode", stack.enter_context(running(demo, "decode", "decode")))
             if is_noticed:
                 backend._endpoint.pump(0)  # as when it meets another one: the loss waits to be read
-            backend._meet((await listed()).workers)
+            backend._meet((await listed(False)).workers)
             with pytest.raises(ReplicaLost):
                 await read(open_one)
             await asyncio.sleep(1.0)

@@ -19,6 +19,7 @@ from google.rpc.status_pb2 import Status
 
 import workers.runner
 from cluster.config import ClusterConfig
+from cluster.gateway import core
 from cluster.gateway.errors import Kind
 from cluster.gateway.grpc_server import SERVICE
 from cluster.proto.eightfold.v1 import eightfold_pb2 as pb
@@ -381,3 +382,18 @@ def test_a_client_that_left_is_counted_as_such(served: Served) -> None:
         call.cancel()
     wait_until(lambda: (counted("http"), counted("grpc")) == (before[0] + 1, before[1] + 1))
     wait_until(served.is_idle)
+
+
+def test_a_full_gateway_refuses_before_it_reads_a_prompt(
+    demo: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under an overload refusals are most of the work: a long prompt must not be encoded for them."""
+
+    def encode(*_: Any) -> Any:
+        raise AssertionError("it was encoded")
+
+    with full(demo, monkeypatch) as served:
+        monkeypatch.setattr(core, "encode_chat", encode)
+        response = served.post({"model": "demo", "messages": HARBOR})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        monkeypatch.undo()
