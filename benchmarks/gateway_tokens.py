@@ -126,7 +126,7 @@ def pretenders(pause: float, at_once: int) -> Iterator[Directory]:
 
 
 async def running_backend(directory: Directory) -> ClusterBackend:
-    async def ask() -> Directory:
+    async def ask(calls_prefill: bool) -> Directory:
         return directory
 
     checkpoint = Checkpoint.open(DEMO)
@@ -136,7 +136,8 @@ async def running_backend(directory: Directory) -> ClusterBackend:
     )  # fmt: skip
     router = Router(PrefixHasher(bytes(32)), local_prefill_tokens=512)
     endpoint = new_endpoint("gateway", same_host=True)
-    backend = ClusterBackend(facts, endpoint, router, ask, BackendLimits(max_waiting=256, max_unread=10**6))
+    limits = BackendLimits(max_waiting=256, max_open=256, max_unread=10**6)
+    backend = ClusterBackend(facts, endpoint, router, ask, limits)
     backend.start()
     await backend.wait_until_ready(30)
     return backend

@@ -11,77 +11,52 @@ with 1 if a request failed, or if nothing came and went.
 
 import argparse
 import json
-import re
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from cluster.autoscaling import Decision
+from benchmarks.served import COMMAND, ROOT, Served, served
+from cluster.autoscaling import Decision, RoleScaling
 from cluster.config import ClusterConfig
-from cluster.gateway.status import ClusterStatus
 
-ROOT = Path(__file__).parents[1]
-COMMAND = (sys.executable, "-c", "import sys; from cluster.cli import main; sys.exit(main(sys.argv[1:]))")
-START_SECONDS, STOP_SECONDS, SETTLE_TIMES = 300.0, 60.0, 20.0
+SETTLE_TIMES = 20.0  # `settle_seconds`, until everything is back where it began
 
 
-@contextmanager
-def served(config: Path) -> Iterator[str]:
-    """The URL of a description that runs, on ports of its own choice."""
-    described = yaml.safe_load(config.read_text())
-    described["gateway"] = described.get("gateway", {}) | {"http_port": 0, "grpc_port": 0}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=config.parent) as file:
-        file.write(yaml.safe_dump(described))
-        file.flush()
-        command = [*COMMAND, "serve", file.name]
-        with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
-            timer = threading.Timer(START_SECONDS, process.kill)
-            timer.start()
-            assert process.stdout
-            urls = (re.search(r"HTTP +(http://[^/]+)/v1", line) for line in process.stdout)
-            url = next((found[1] for found in urls if found), None)
-            timer.cancel()
-            try:
-                if url is None:
-                    raise SystemExit("the cluster did not come up")
-                yield url
-            finally:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-
-
-def status_of(url: str) -> ClusterStatus:
-    with urllib.request.urlopen(f"{url}/status", timeout=10) as response:
-        return ClusterStatus.from_json(response.read())
-
-
-def decisions_when_settled(url: str, config: ClusterConfig) -> list[Decision]:
+def decisions_when_settled(cluster: Served, config: ClusterConfig) -> list[Decision]:
     """All decisions, once every role is back where it began."""
     sections = [section.autoscale for section in (config.prefill, config.decode) if section]
     slowest = max(section.settle_seconds for section in sections if section)
     deadline = time.monotonic() + SETTLE_TIMES * slowest
     while True:
-        scaling = status_of(url).parts.scaling
-        if all(one.engines == one.wanted == config.role(one.role).engines for one in scaling):
+        scaling = cluster.status().parts.scaling
+        if is_settled(scaling, config):
             break
         if time.monotonic() > deadline:
             print("the engines did not go", file=sys.stderr)
             break
         time.sleep(1.0)
     return sorted((one for role in scaling for one in role.decisions), key=lambda one: one.at)
+
+
+def is_settled(scaling: Sequence[RoleScaling], config: ClusterConfig) -> bool:
+    """Whether every role is back where it began."""
+    return all(one.engines == one.wanted == config.role(one.role).engines for one in scaling)
+
+
+def verdict(decisions: Sequence[Decision], figures: dict[str, Any]) -> tuple[str, bool]:
+    """What is said in the end, and whether all is well.
+
+    Args:
+        figures: those of `eightfold bench`.
+    """
+    failed = sum(kind["count"] for kind in figures["failures"].values())
+    has_come_and_gone = {one.direction for one in decisions} == {"up", "down"}
+    changed = "came and went" if has_come_and_gone else "did not come and go"
+    return f"{failed} requests failed; engines {changed}", not failed and has_come_and_gone
 
 
 def main() -> int:
@@ -93,24 +68,23 @@ def main() -> int:
     options = parser.parse_args()
     config = ClusterConfig.load(options.config)
     figures = options.out / "load_test.json"
-    with served(options.config) as url:
+    with served(options.config) as cluster:
         began = time.time()
         bench = [
-            *COMMAND, "bench", url, "--rate", options.rate, "--duration", options.duration,
+            *COMMAND, "bench", cluster.http, "--rate", options.rate, "--duration", options.duration,
             "--prompt-tokens", "32..200", "--answer-tokens", "48..96",
             "--json", str(figures), "--html", str(options.out / "load_test.html"),
         ]  # fmt: skip
         subprocess.run(bench, cwd=ROOT, check=False)  # a generator that was late says so itself
-        decisions = decisions_when_settled(url, config)
+        decisions = decisions_when_settled(cluster, config)
     (options.out / "load_test_decisions.json").write_text(
         json.dumps([asdict(one) | {"at": round(one.at - began, 1)} for one in decisions], indent=1)
     )
     for one in decisions:
         print(f"{one.at - began:7.1f} s  {one.role:7} {one.before} -> {one.after}  {one.why}")
-    failed = sum(kind["count"] for kind in json.loads(figures.read_text())["failures"].values())
-    has_come_and_gone = {one.after > one.before for one in decisions} == {True, False}
-    print(f"{failed} requests failed; engines {'came and went' if has_come_and_gone else 'did not change'}")
-    return int(bool(failed) or not has_come_and_gone)
+    told, is_well = verdict(decisions, json.loads(figures.read_text()))
+    print(told)
+    return int(not is_well)
 
 
 if __name__ == "__main__":
