@@ -44,7 +44,7 @@ def inside(config: ClusterConfig, kubernetes: KubernetesSection, groups: tuple[G
     told.setdefault("model", {})["name"] = config.model.served_name
     if kubernetes.checkpoint_claim:
         told["model"]["directory"] = CHECKPOINT_DIRECTORY
-    told["ray"] = {"address": "auto"}
+    told["ray"] = told.get("ray", {}) | {"address": "auto"}
     gateway = told.setdefault("gateway", {})
     gateway["host"] = "0.0.0.0"
     # A gateway that is asked to go has time for the longest answer it may owe.

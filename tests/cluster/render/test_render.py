@@ -123,6 +123,18 @@ def test_ready_is_what_the_health_service_says_of_ours() -> None:
     assert probe["grpc"] == {"port": 50051, "service": SERVICE}
 
 
+def test_a_start_may_take_what_the_description_allows_before_anybody_gives_up() -> None:
+    config = described(ray={"start_seconds": 3000.0})
+    pods = inside(config)
+    assert (pods.ray.address, pods.ray.start_seconds) == ("auto", 3000.0)
+    service = yaml.safe_load(render(config)["30-rayservice.yaml"])
+    cluster = service["spec"]["rayClusterConfig"]
+    gateways = next(group for group in cluster["workerGroupSpecs"] if group["groupName"] == "gateways")
+    probe = gateways["template"]["spec"]["containers"][0]["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= pods.join_seconds
+    assert pods.join_seconds >= pods.start_seconds >= 2 * 3000.0
+
+
 def test_labels_of_the_description_are_those_of_the_nodes() -> None:
     config = described(decode__node_labels={"zone": "b"})
     groups = yaml.safe_load(render(config)["30-rayservice.yaml"])["spec"]["rayClusterConfig"][
