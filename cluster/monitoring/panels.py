@@ -85,7 +85,10 @@ ROWS = (
             Panel("Time between tokens", "How fast do answers flow?", "s", _quantiles(_ITL)),
             Panel(
                 "Requests by outcome", "Who gets an answer, and who what else?", "reqps",
-                (Query(f"sum by (outcome) ({_rate('eightfold_requests_total')})", "{{outcome}}"),),
+                (
+                    Query(f"sum by (outcome) ({_rate('eightfold_requests_total')})", "{{outcome}}"),
+                    Query(f"sum({_rate('eightfold_replays_total')})", "run again"),
+                ),
             ),
         ),
     ),
