@@ -108,10 +108,10 @@ class Backend(Protocol):
     def facts(self) -> ModelFacts: ...
 
     async def generate(self, request: Request) -> TokenStream:
-        """Takes a request on, or refuses it before anything is spent on it.
+        """Takes a request on. Whether there is room for one more is the caller's question (`check_room`).
 
         Raises:
-            Overloaded: no room now.
+            Overloaded: nobody can run it now.
             ReplicaLost: whoever was to run it is gone.
             RequestError: it can never run here.
         """

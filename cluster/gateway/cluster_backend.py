@@ -172,7 +172,6 @@ class ClusterBackend:
     async def generate(self, request: Request) -> ClusterStream:
         if not self.is_ready:
             raise Overloaded("the model is not running")
-        self.check_room()
         assert request.uid not in self._streams, request.uid
         try:
             route = await self._route(request)

@@ -109,7 +109,6 @@ class EngineBackend:
             raise StepFailed
         if not self.is_ready:
             raise Overloaded("the model is not running")
-        self.check_room()
         assert request.uid not in self._streams, request.uid
         stream = self._streams[request.uid] = EngineStream(request.uid, self.cancel)
         self._order(lambda: self._add(request, stream))

@@ -38,11 +38,12 @@ class ReplayedStream:
         self._num_prompt_cached: int | None = None
 
     async def open(self) -> Self:
-        """Begin the first run.
+        """Begin the first run, if there is room for one more request; those that follow have theirs.
 
         Raises:
-            Refusal, RequestError: as `Backend.generate`; nobody else is asked.
+            Refusal, RequestError: as `Backend.check_room` and `generate`; nobody else is asked.
         """
+        self._backend.check_room()
         self._span.sent(self._entry.request)
         self._stream = await self._backend.generate(self._entry.request)
         return self

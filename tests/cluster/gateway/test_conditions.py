@@ -170,9 +170,9 @@ def failing(demo: LocalModel, patch: pytest.MonkeyPatch) -> Iterator[Served]:
 def poisoned(demo: LocalModel, patch: pytest.MonkeyPatch) -> Iterator[Served]:
     real = workers.runner.Drawing
 
-    def sample(logits: Any, *arguments: Any) -> Any:
+    def sample(logits: Any, *arguments: Any, **options: Any) -> Any:
         logits[:] = math.nan
-        return real(logits, *arguments)
+        return real(logits, *arguments, **options)
 
     with serve(demo, config()) as served:
         patch.setattr(workers.runner, "Drawing", sample)

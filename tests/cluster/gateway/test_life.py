@@ -158,12 +158,12 @@ def test_logits_that_are_no_numbers_are_the_fault_of_their_request_alone(
 ) -> None:
     real = workers.runner.Drawing
 
-    def poisoned(logits: Tensor, rows: list[SampleRow]) -> Any:
+    def poisoned(logits: Tensor, rows: list[SampleRow], **options: Any) -> Any:
         """As if the model had gone wrong for the request that counts log-probabilities."""
         for row, place in zip(rows, range(len(rows)), strict=True):
             if row.params.logprobs is not None:
                 logits[place] = math.nan
-        return real(logits, rows)
+        return real(logits, rows, **options)
 
     bad = {"model": "demo", "messages": HARBOR, "max_tokens": 20, "logprobs": True}
     good = {**ENDLESS, "stream": False, "max_tokens": 20}

@@ -133,6 +133,9 @@ class Scripted:
         self._ends = list(ends)
         self.requests: list[Request] = []
 
+    def check_room(self) -> None:
+        assert not self.requests, "a replay has its room"
+
     async def generate(self, request: Request) -> AsyncIterator[Token]:
         self.requests.append(request)
         end = self._ends.pop(0)
