@@ -17,7 +17,7 @@ from workers.attention import AttentionWorker, WorkerConfig
 from workers.dispatch import RemoteExperts
 from workers.engine import Engine, EngineConfig
 from workers.experts import ExpertWorker, Urgency, load_experts
-from workers.handoff import WayConfig
+from workers.transport.config import WayConfig
 from workers.local import LocalModel, ModelOptions, open_checkpoint
 from workers.placement import ExpertPlacement
 from workers.transport.config import EndpointConfig
