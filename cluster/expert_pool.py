@@ -21,6 +21,7 @@ from cluster.ray_runtime import place_of
 from workers.actors import ExpertActor, ExpertActorConfig, ExpertActorStats, TcpHost
 from workers.local import ModelOptions, open_checkpoint
 from workers.placement import ExpertPlacement
+from workers.transport.config import CarrierKind
 from workers.transport.protocol import Address
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class ExpertPool:
         node_labels: dict[str, str] | None = None,
         place_seconds: float = PLACE_SECONDS,
         tcp_host: TcpHost = None,
+        row_carrier: CarrierKind | None = None,
     ) -> None:
         """Start the actors and wait until each has loaded its experts.
 
@@ -64,7 +66,7 @@ class ExpertPool:
             spread: `strict` for a node of Ray each, `loose` for as many as there are.
             node_labels: of the nodes that may be used.
             place_seconds: how long to wait for such nodes.
-            tcp_host: as of `ExpertActorConfig`.
+            tcp_host, row_carrier: as of `ExpertActorConfig`.
 
         Raises:
             PlacementError: more nodes than groups.
@@ -75,7 +77,9 @@ class ExpertPool:
         self._model = open_checkpoint(directory, options).config
         shares = _runs(self._model.n_group, num_nodes)
         self._configs = [
-            ExpertActorConfig(f"experts-{node}", directory.resolve(), groups, options, self.token, tcp_host)
+            ExpertActorConfig(
+                f"experts-{node}", directory.resolve(), groups, options, self.token, tcp_host, row_carrier
+            )
             for node, groups in enumerate(shares)
         ]
         self._subscribers: dict[str, Any] = {}

@@ -150,6 +150,7 @@ def _expert_pool(config: ClusterConfig, secrets: Secrets) -> ExpertPool:
         node_labels=experts.node_labels,
         place_seconds=experts.place_seconds,
         tcp_host=None if config.ray.address == "local" else own_host,
+        row_carrier=config.carriers.row_carrier,
     )
 
 

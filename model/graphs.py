@@ -190,9 +190,7 @@ class DecodeGraphs:
         hidden = torch.zeros(bucket.num_rows, width, dtype=model.dtype, device=model.device)
         return self._record(rows, hidden, partial(_draft, model, rows, hidden, self._cache))
 
-    def _record(
-        self, rows: "_StaticRows", hidden: Tensor | None, run: Callable[[], Tensor]
-    ) -> "_Recorded":
+    def _record(self, rows: "_StaticRows", hidden: Tensor | None, run: Callable[[], Tensor]) -> "_Recorded":
         with self._announced(rows, hidden):
             run()  # kernels are compiled and make what they keep between launches: not while recording
         return _Recorded(rows, hidden, *self._capture(run))

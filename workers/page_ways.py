@@ -31,7 +31,7 @@ _WAIT_SECONDS = 5.0  # of a wait on the device: announced pages come at once, or
 class PageWay(Way):
     """A way for pages, to or from one peer. All calls belong to the worker's own thread."""
 
-    what = "a way for pages"
+    what = "way for pages"
 
     def __init__(self, config: WayConfig, number: int, cache: PageCache, joined: WayAddress | None) -> None:
         """Begin to open.

@@ -30,7 +30,7 @@ class Way:
     Memory that a device may still use goes back only after `close`, when the device is done with it.
     """
 
-    what = "a way"  # for the log
+    what = "way"  # for the log
 
     def __init__(
         self,
@@ -66,6 +66,11 @@ class Way:
     def is_opening(self) -> bool:
         """Whether it may still open; that has a deadline of its own."""
         return not self._is_open and self._failure is None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it is of no use any more."""
+        return self._failed.is_set()
 
     def check(self) -> None:
         """Raises CarrierFailed once anything went wrong."""
@@ -107,6 +112,10 @@ class Way:
         """Until the peer is gone, or the way has failed."""
         keep_watch(self._endpoint, {carrier.peer: carrier}, self._failed, self._deliver)
 
+    def _part_from_peer(self) -> None:
+        """So that it hears of the end."""
+        self._endpoint.close()
+
     def _is_idle(self) -> bool:
         """Whether the GPU has done with the carrier, which has been aborted."""
         return True
@@ -127,7 +136,7 @@ class Way:
             _log.exception("%s: no %s", self.name, self.what)
             self.abort(type(error).__name__)
         finally:
-            self._endpoint.close()  # so the peer hears of it
+            self._part_from_peer()
         self._closed.wait()
         self._give_back()
 
@@ -147,7 +156,7 @@ class Way:
             if self._failed.is_set():
                 raise CarrierFailed(self.name, "it was closed")
             if deadline.is_over:
-                raise DeadlineExceeded(f"waiting for the peer of {self.what}")
+                raise DeadlineExceeded(f"waiting for the peer of a {self.what}")
             self._endpoint.pump(_POLL_SECONDS)
         return next(iter(self._endpoint.peers))
 
@@ -165,5 +174,5 @@ class Way:
             if self._carrier:
                 self._carrier.close()
         except (CudaError, TransportError) as error:
-            _log.warning("%s: closing %s: %s", self.name, self.what, error)
+            _log.warning("%s: closing the %s: %s", self.name, self.what, error)
         self._carrier = None

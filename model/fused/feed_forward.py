@@ -111,6 +111,24 @@ class FusedExperts:
         """As `QuantizedExperts`; nobody else is there to do it meanwhile, so it is done at once."""
         return Done(self.forward(layer, x, plan, shared()))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(iter(self._gate_up.values())).values.device
+
+    def warm_up(self, max_rows: int) -> None:
+        """Compile what batches of up to so many rows take: their number decides the tiles."""
+        config, device = self._config, self.device
+        layer = next(iter(self._gate_up))
+        sizes = [1 << i for i in range(max_rows.bit_length())]
+        for num_rows in {*sizes, max_rows}:
+            x = torch.randn(num_rows, config.hidden_size, device=device).to(torch.bfloat16)
+            chosen = torch.arange(config.num_experts_per_tok, dtype=torch.int32, device=device)
+            experts = (self.first + chosen % self.num_held).sort().values.repeat(num_rows, 1)
+            weights = torch.ones_like(experts, dtype=torch.float32)
+            plan = self.list_rows(experts, weights)
+            self.block_sums(layer, quantize_rows(x, backend=self._backend), plan)
+
     def holds(self, layer: int) -> bool:
         """Whether a layer's experts are here."""
         return layer in self._gate_up
