@@ -119,7 +119,7 @@ class EngineSection(_Section):
     tokens: Count | None = None
     max_waiting: Count = 64
     micro_batches: Literal[1, 2, 3] = 1
-    sequences: Annotated[int, Field(ge=1, le=4096)] = 256
+    sequences: Annotated[int, Field(ge=1, le=1024)] = 256
 
     def config(self) -> EngineConfig:
         adapt = self.drafts == "auto"

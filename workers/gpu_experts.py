@@ -42,7 +42,7 @@ Step = Callable[[], None]
 STEP = 64  # kind of the message that tells a plan
 _DRAIN_POLL_SECONDS = 0.001
 _MOST_LAYERS = 256
-_MOST_GRAPHS = 256  # each keeps its launches in memory: a bucket of rows takes one, the MTP layer's another
+_MOST_GRAPHS = 512  # each keeps its launches in memory: a bucket of rows takes one, the MTP layer's another
 _MOST_QUEUED = 8  # steps launched and not over: a pass of the model, those of its drafts, the next one
 
 
