@@ -123,8 +123,9 @@ class FusedExperts:
         sizes = [1 << i for i in range(max_rows.bit_length())]
         for num_rows in {*sizes, max_rows}:
             x = torch.randn(num_rows, config.hidden_size, device=device).to(torch.bfloat16)
-            chosen = torch.arange(config.num_experts_per_tok, dtype=torch.int32, device=device)
-            experts = (self.first + chosen % self.num_held).sort().values.repeat(num_rows, 1)
+            first = min(self.first, config.n_routed_experts - config.num_experts_per_tok)
+            chosen = torch.arange(first, first + config.num_experts_per_tok, device=device)
+            experts = chosen.int().repeat(num_rows, 1)
             weights = torch.ones_like(experts, dtype=torch.float32)
             plan = self.list_rows(experts, weights)
             self.block_sums(layer, quantize_rows(x, backend=self._backend), plan)
