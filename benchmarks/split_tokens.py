@@ -132,7 +132,7 @@ def attend(pipe: Connection) -> None:
         while True:
             order: Order = pipe.recv()
             if order.kind is None:
-                pipe.send(answer(_in_one_process(order), order))
+                pipe.send(answer(in_one_process(order.placement, order.config), order))
                 continue
             key = order.kind, order.config
             if key not in engines:
@@ -145,11 +145,12 @@ def attend(pipe: Connection) -> None:
             experts.close()
 
 
-def _in_one_process(order: Order) -> Engine:
-    model = LocalModel(DEMO, OPTIONS, experts=Rounding(order.placement))
-    cache = model.cache(NUM_TOKENS)
-    graphs = DecodeGraphs(model.decoder, cache, micro_batches=order.config.micro_batches)
-    return Engine(model.decoder, cache, order.config, graphs=graphs)
+def in_one_process(placement: ExpertPlacement, config: EngineConfig, num_tokens: int = NUM_TOKENS) -> Engine:
+    """An engine with all experts here, and the rounding of a placement's."""
+    model = LocalModel(DEMO, OPTIONS, experts=Rounding(placement))
+    cache = model.cache(num_tokens)
+    graphs = DecodeGraphs(model.decoder, cache, micro_batches=config.micro_batches)
+    return Engine(model.decoder, cache, config, graphs=graphs)
 
 
 def _split(order: Order) -> tuple[Engine, PairedExperts, Newest]:

@@ -312,8 +312,9 @@ class ClusterConfig(_Section):
             problem = "model.kernels: triton goes with experts.placement: local, or in a pool with"
             raise ValueError(f"{problem} carriers.rows: ipc, copy or nccl, not host")
         if rows != "host" and not (kernels == "triton" and is_pool):
-            problem = "goes with model.kernels: triton and experts.placement: pool"
-            raise ValueError(f"carriers.rows: {rows} {problem}, not {kernels} and {self.experts.placement}")
+            needed = "model.kernels: triton and experts.placement: pool"
+            found = f"{kernels} and {self.experts.placement}"
+            raise ValueError(f"carriers.rows: {rows} goes with {needed}, not {found}")
         return self
 
     @model_validator(mode="after")
