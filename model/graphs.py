@@ -221,15 +221,17 @@ def _draft(model: Decoder, rows: "_StaticRows", hidden: Tensor, cache: PageCache
 
 
 class CudaCapture:
-    """Records into CUDA graphs that share a pool of memory."""
+    """Records into CUDA graphs that share a pool of memory; of one function after it has run."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._keeper = torch.cuda.CUDAGraph()  # a pool ends with the last graph that uses it
+        with torch.cuda.graph(self._keeper, capture_error_mode="relaxed"):
+            torch.zeros(1, device="cuda")
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
         # Relaxed: other threads of the process may use the device meanwhile, and NCCL does in ours.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
+        with torch.cuda.graph(graph, pool=self._keeper.pool(), capture_error_mode="relaxed"):
             result = run()
         return graph.replay, result
 

@@ -154,10 +154,11 @@ def _paired_serving(
 ) -> Callable[[ExpertPlacement], ExpertServing]:
     """The same where rows go from GPU to GPU."""
     # Imported where they run: Triton takes 60 MiB, which workers without a GPU spare.
-    from workers.expert_seats import ExpertHost, load_fused_experts
+    from workers.expert_seats import ENVIRONMENT, ExpertHost, load_fused_experts
     from workers.gpu_experts import StreamRunner
 
     assert config.row_carrier
+    os.environ.update(ENVIRONMENT)
     experts = load_fused_experts(checkpoint, config.groups, config.options.kernels, config.options.device)
     ways = way_config(config.row_carrier, f"{config.name}/rows", config.token, config.tcp_host)
     make_runner = partial(StreamRunner, experts.device, threading.Lock())

@@ -57,6 +57,9 @@ _CLOSE_SECONDS = 10.0
 _STEP_SECONDS = 60.0
 _MOST_SEATS = 120  # the main endpoint knows so many peers
 _MOST_ROWS, _MOST_SLOTS = 16384, 3
+# Streams that share one of the driver's queues wait for each other's waits. Read when a process begins to use
+# CUDA; 32 is the most there can be, 8 what there is without.
+ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 _MOST_PLANS = 64  # told and not launched
 
 

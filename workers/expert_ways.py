@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 _LISTEN_SECONDS = 0.1
 _TELL_SECONDS = 2.0  # for an expert that does not read; plans are small and read at once
 _POLL_SECONDS = 0.002
-_RETRY_SECONDS = 0.2  # after a pairing that failed
+_RETRY_SECONDS = 0.5  # after a pairing that failed
 _STEP_LAYERS = 4  # of the time that a layer has, for all of a pass
 
 

@@ -122,7 +122,8 @@ class FusedExperts:
         layer = next(iter(self._gate_up))
         sizes = [1 << i for i in range(max_rows.bit_length())]
         for num_rows in {*sizes, max_rows}:
-            x = torch.randn(num_rows, config.hidden_size, device=device).to(torch.bfloat16)
+            # Not random numbers: while another thread captures a graph they cannot be had.
+            x = torch.ones(num_rows, config.hidden_size, dtype=torch.bfloat16, device=device)
             first = min(self.first, config.n_routed_experts - config.num_experts_per_tok)
             chosen = torch.arange(first, first + config.num_experts_per_tok, device=device)
             experts = chosen.int().repeat(num_rows, 1)

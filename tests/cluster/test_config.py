@@ -84,7 +84,7 @@ def test_tracing_is_off_until_it_is_told_where_to_send(tmp_path: Path) -> None:
         ),
         (
             f"model: {{{GPU}}}\ncarriers: {{rows: ipc}}",
-            "carriers.rows: ipc goes with model.kernels: triton and experts.placement: pool, not triton and local",
+            "rows: ipc goes with model.kernels: triton and experts.placement: pool, not triton and local",
         ),
         (
             "model: {device: cuda}\nexperts: {placement: pool}\ncarriers: {rows: nccl}",
