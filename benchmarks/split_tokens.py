@@ -13,6 +13,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -276,7 +277,7 @@ class Split:
 
 def _run(name: str, gpu: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    faulthandler.dump_traceback_later(SECONDS / 4, repeat=True)  # where does it hang?
+    faulthandler.enable()  # who is aborted says where it was
     torch.set_num_threads(1)
     say("started")
     target(*arguments)
@@ -303,10 +304,20 @@ def splits(kinds: list[tuple[CarrierKind, int]], gpus: tuple[int, int]) -> Itera
             for number in range(each.num_actors):
                 each.start(number)
         yield found
+    except BaseException:
+        for child in _children(attention, found):
+            if child.process.pid and child.process.is_alive():
+                os.kill(child.process.pid, signal.SIGABRT)
+                child.process.join(1)
+        raise
     finally:
-        for child in (attention, *(child for each in found for child in each.experts)):
+        for child in _children(attention, found):
             child.process.kill()
             child.process.join()
+
+
+def _children(attention: Child, found: list[Split]) -> list[Child]:
+    return [attention, *(child for each in found for child in each.experts)]
 
 
 def compare(split: Split, config: EngineConfig, asked: tuple[Request, ...]) -> dict[str, Any]:
