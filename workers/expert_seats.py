@@ -11,7 +11,8 @@ A seat ends with its peer, with a plan that cannot be run, or when a step does n
 What it takes on the experts' GPU: its slots have room for the largest pass. At full width a row is 7.5 KB on
 its way there and 14 KB back. Chunks of 2,048 rows in two micro-batches take 31 MB by ipc or copy, where only
 rows lie here, and 118 MB by nccl, which keeps an inbox and an outbox of the larger kind; a communicator takes
-582 MB more (measured, NCCL 2.28). For the 56 attention GPUs of 64 that is 1.7 GB, or 39 GB by nccl.
+582 MB more (measured, NCCL 2.28). For the 56 attention GPUs of 64 that is 1.7 GB, or 39 GB by nccl; on each
+of those GPUs the ways to 8 expert actors take 0.5 GB, or 5.6 GB.
 """
 
 import logging

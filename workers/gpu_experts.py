@@ -7,8 +7,8 @@
 
 A step is every MoE layer of the plan, and in each every micro-batch; the number of a micro-batch is the slot
 of its messages. No device is asked anything meanwhile, so a plan that comes again is launched as one CUDA
-graph. Each attention GPU has an `ExpertStepper` with a carrier and a stream of its own; one thread may drive
-them all. A carrier that fails takes its stepper with it: close it, and pair anew under another epoch.
+graph. Each attention GPU has an `ExpertStepper` with a carrier and a stream of its own, driven by the thread
+of its seat (`expert_seats.py`). A carrier that fails takes its stepper with it: close it, and pair anew under another epoch.
 
 Shapes: T rows of a micro-batch, D width, k experts a row.
 """

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import pytest
@@ -14,10 +14,14 @@ from torch import Tensor
 from kernels.block_sum import block_sum
 from kernels.group_tree import blocks_of
 from kernels.list_rows import RoutedRows
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from model.decoder import Decoder
 from model.fused.feed_forward import Quantized
 from model.graphs import DecodeGraphs
 from model.moe import DispatchPlan, Done, PendingSum
 from model.pages import PageCache
+from tests.checkpoints import DEMO
 from tests.workers.expert_pool import Source, place
 from tests.workers.gpu_carriers import DirectRunner, ThreadCarrier, carrier_pair
 from tests.workers.test_gpu_dispatch import decoder_with, demo_config, experts_of_groups, new_cache
@@ -131,12 +135,9 @@ def pool(num_hosts: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pool
             host.end()
 
 
-@contextmanager
-def attention(
-    pool: Pool, name: str, config: EngineConfig, layer_seconds: float = SECONDS, *, records: bool = True
-) -> Iterator[tuple[Engine, PairedExperts, DecodeGraphs | None]]:
-    """An engine whose experts are in a pool."""
-    experts = PairedExperts(
+def paired(pool: Pool, name: str, config: EngineConfig, layer_seconds: float = SECONDS) -> PairedExperts:
+    """The experts of a pool, as an attention actor knows them."""
+    return PairedExperts(
         demo_config(),
         pool.source,
         WayConfig("ipc", f"{name}/rows", TOKEN),
@@ -146,12 +147,42 @@ def attention(
         backend="reference",
         layer_seconds=layer_seconds,
     )
+
+
+@contextmanager
+def attention(
+    pool: Pool, name: str, config: EngineConfig, layer_seconds: float = SECONDS, *, records: bool = True
+) -> Iterator[tuple[Engine, PairedExperts, DecodeGraphs | None]]:
+    """An engine whose experts are in a pool."""
+    experts = paired(pool, name, config, layer_seconds)
     decoder, cache = decoder_with(experts), new_cache()
     graphs = DecodeGraphs(decoder, cache, later, experts, config.micro_batches) if records else None
     try:
         yield Engine(decoder, cache, config, graphs=graphs, experts=experts), experts, graphs
     finally:
         experts.close()
+
+
+@dataclass(frozen=True)
+class Model:
+    """The part of a `LocalModel` that attention workers are made of, by twins of the fused kernels."""
+
+    steps: PairedExperts
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint.open(DEMO)
+
+    @property
+    def config(self) -> ModelConfig:
+        return demo_config()
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return decoder_with(self.steps)
+
+    def cache(self, num_tokens: int) -> PageCache:
+        return new_cache()
 
 
 def later(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:

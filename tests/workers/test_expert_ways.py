@@ -9,9 +9,9 @@ import pytest
 
 from model.sampling_params import SamplingParams
 from tests.workers.conftest import OraclePrompt
-from tests.workers.paired import SECONDS, Pool, alone, attention, new_host, pool
+from tests.workers.paired import SECONDS, Model, Pool, alone, attention, new_host, paired, pool
 from tests.workers.test_gpu_dispatch import demo_config, moe_layers
-from tests.workers.workers import TOKEN, soon
+from tests.workers.workers import TOKEN, client, running, soon
 from workers.dispatch import WorkerLost
 from workers.engine import Engine, EngineConfig
 from workers.gpu_experts import StepPlan
@@ -71,12 +71,12 @@ def test_tokens_are_those_of_one_process(
     config = EngineConfig(30, num_drafts, micro_batches=micro_batches, sequences=8)
     with (
         pool(num_hosts, monkeypatch) as (experts, _),
-        attention(experts, "attention", config, records=records) as (engine, paired, graphs),
+        attention(experts, "attention", config, records=records) as (engine, ways, graphs),
     ):
         ask(engine, oracle)
         assert drain(engine) == answers_alone(experts, oracle)
         assert bool(graphs and graphs._steps) == records
-        assert paired.stats.tokens
+        assert ways.stats.tokens
         plans = [host.seats[0]._stepper._graphs for host in experts.hosts]
         assert all(plan.captured for each in plans for plan in each)
         assert all(bool(each) == records for each in plans), "as many recordings there as here"
@@ -97,7 +97,7 @@ def test_an_expert_that_dies_in_the_middle_of_a_step_loses_that_step(
     """The requests of the step are lost; under the next placement they have the same tokens."""
     with (
         pool(2, monkeypatch) as (experts, meeting),
-        attention(experts, "attention", EngineConfig(chunk=30)) as (engine, paired, graphs),
+        attention(experts, "attention", EngineConfig(chunk=30)) as (engine, ways, graphs),
     ):
         assert graphs
         expected = answers_alone(experts, oracle)
@@ -119,10 +119,35 @@ def test_an_expert_that_dies_in_the_middle_of_a_step_loses_that_step(
         experts.replace(1)
         ask(engine, oracle)
         assert drain(engine) == expected
-        assert paired.is_current
+        assert ways.is_current
         old = [carrier for carrier in meeting.carriers if carrier.failure]
         assert len(old) == 4, "both ways of the old placement, at both ends"
         soon(lambda: all(carrier.is_closed for carrier in old))
+
+
+def test_a_worker_outlives_its_experts(
+    oracle: dict[str, OraclePrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The requests of a step that an expert takes with it are lost, and so are those that find none."""
+    with pool(2, monkeypatch) as (experts, _):
+        expected = answers_alone(experts, oracle)["code"]
+        attending = paired(experts, "worker", EngineConfig(), layer_seconds=3.0)
+        with running(Model(attending), "worker", "decode") as worker, client() as reader:  # type: ignore[arg-type]
+            reader.meet(worker)
+            code = oracle["code"].prompt_ids
+            long = SamplingParams(max_tokens=300, temperature=0, ignore_eos=True)
+            reader.generate(Request("long", code, long), worker, None)
+            reader.read_until(lambda: len(reader.tokens.get("long", [])) > 3)
+            experts.hosts[1].end()
+            assert reader.why_failed("long", SECONDS) == "replica_lost"
+            reader.generate(Request("early", code, long), worker, None)
+            assert reader.why_failed("early", SECONDS) == "replica_lost"
+            experts.hosts[1] = new_host(1, experts.hosts[1].groups)
+            experts.next_epoch()
+            short = SamplingParams(max_tokens=len(expected), temperature=0, ignore_eos=True)
+            reader.generate(Request("late", code, short), worker, None)
+            assert reader.answers("late")["late"] == expected
+        attending.close()
 
 
 def test_recordings_are_forgotten_with_the_carriers_they_hold(
@@ -131,14 +156,14 @@ def test_recordings_are_forgotten_with_the_carriers_they_hold(
     """A new placement is taken up between two steps, and nothing is lost."""
     with (
         pool(1, monkeypatch) as (experts, _),
-        attention(experts, "attention", EngineConfig()) as (engine, paired, graphs),
+        attention(experts, "attention", EngineConfig()) as (engine, ways, graphs),
     ):
         assert graphs
         ask(engine, oracle, max_tokens=12)
         tokens = [token for _ in range(4) for token in engine.step()]
         (before,) = graphs._steps.values()
         experts.next_epoch()
-        assert not paired.is_current
+        assert not ways.is_current
         while not engine.is_idle:
             tokens += engine.step()
         assert graphs._steps
@@ -222,12 +247,12 @@ def test_a_pass_that_fails_at_the_attention_is_given_up_at_the_experts(
 
     with (
         pool(2, monkeypatch) as (experts, _),
-        attention(experts, "attention", EngineConfig()) as (engine, paired, _),
+        attention(experts, "attention", EngineConfig()) as (engine, ways, _),
     ):
         ask(engine, oracle)
         with pytest.raises(MemoryError):
             engine.step(at_layer(moe_layers()[1], fail))
-        assert not paired.is_current
+        assert not ways.is_current
         soon(lambda: not any(host.seats for host in experts.hosts))
         assert drain(engine) == answers_alone(experts, oracle), "nothing of the step has counted"
 
