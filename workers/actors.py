@@ -249,8 +249,9 @@ class AttentionActor:
             name = f"{config.name}/rows"
             ways = way_config(config.row_carrier, name, config.token, config.tcp_host)
             self._experts = self._paired = paired_experts(
-                config.directory, config.options, config.engine, self, ways, config.layer_seconds
-            )
+                config.directory, config.options, config.engine, self, ways, config.layer_seconds,
+                is_urgent=config.role == "decode",
+            )  # fmt: skip
         elif config.layer_seconds is not None:
             endpoint = PeerEndpoint(EndpointConfig(f"{config.name}/experts", config.token))
             self._endpoints.append(endpoint)

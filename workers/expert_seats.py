@@ -19,7 +19,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -73,6 +73,12 @@ def load_fused_experts(
     return FusedExperts(checkpoint.config, weights, groups, backend)
 
 
+class MakeRunner(Protocol):
+    """Makes a seat's stream."""
+
+    def __call__(self, *, is_urgent: bool) -> Runner: ...
+
+
 class ExpertSeat(Way):
     """One attention GPU's seat. A thread talks to its host, another one launches its steps."""
 
@@ -85,7 +91,7 @@ class ExpertSeat(Way):
         model_config: ModelConfig,
         experts: FusedExperts,
         join: Join,
-        make_runner: Callable[[], Runner],
+        make_runner: MakeRunner,
     ) -> None:
         super().__init__(config, number, experts.device, _STEP_SECONDS)
         self.address = WayAddress(self._endpoint.address, number)
@@ -111,7 +117,7 @@ class ExpertSeat(Way):
             self._model_config,
             self._experts,
             carrier,
-            self._make_runner(),
+            self._make_runner(is_urgent=self._join.is_urgent),
             max_rows=self._join.max_rows,
             num_slots=self._join.num_slots,
             step_seconds=_STEP_SECONDS,
@@ -174,7 +180,7 @@ class ExpertHost:
         experts: FusedExperts,
         placement: ExpertPlacement,
         ways: WayConfig,
-        make_runner: Callable[[], Runner],
+        make_runner: MakeRunner,
     ) -> None:
         """`make_runner` makes each seat a stream of its own."""
         self._name, self._config, self._experts, self._ways = name, config, experts, ways

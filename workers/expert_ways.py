@@ -170,15 +170,17 @@ class PairedExperts:
         device: torch.device,
         backend: Backend,
         layer_seconds: float,
+        is_urgent: bool = True,
     ) -> None:
         """
         Args:
             max_rows, num_slots: of the largest micro-batch, and how many of them are at the experts at once.
             layer_seconds: what a layer may take, and how long a step waits for experts that are away.
+            is_urgent: whether users wait for each token, so that experts serve us first.
         """
         self._config, self._source, self._way_config = config, source, ways
         self._max_rows, self._num_slots, self._device = max_rows, num_slots, device
-        self._backend, self._layer_seconds = backend, layer_seconds
+        self._backend, self._layer_seconds, self._is_urgent = backend, layer_seconds, is_urgent
         with_experts = [layer for layer in range(config.num_cached_layers) if not config.is_dense(layer)]
         self._layers = tuple(layer for layer in with_experts if layer < config.num_hidden_layers)
         self._draft_layers = tuple(layer for layer in with_experts if layer >= config.num_hidden_layers)
@@ -309,7 +311,7 @@ class PairedExperts:
     def _begin_to_pair(self) -> None:
         """With all at once, as a step that one of them has lost is lost for all."""
         placement = self._placement = self._source.current()
-        join = Join(self._num_slots, self._max_rows, placement.epoch)
+        join = Join(self._num_slots, self._max_rows, placement.epoch, self._is_urgent)
         for share in placement.shares:
             self._number += 1
             self._ways.append(
@@ -363,6 +365,8 @@ def paired_experts(
     source: PlacementSource,
     ways: WayConfig,
     layer_seconds: float,
+    *,
+    is_urgent: bool = True,
 ) -> PairedExperts:
     """For the model of a directory, and passes of an engine."""
     config = open_checkpoint(directory, options).config
@@ -375,4 +379,5 @@ def paired_experts(
         device=torch.device(options.device, 0),
         backend=options.kernels,
         layer_seconds=layer_seconds,
+        is_urgent=is_urgent,
     )

@@ -8,7 +8,8 @@
 A step is every MoE layer of the plan, and in each every micro-batch; the number of a micro-batch is the slot
 of its messages. No device is asked anything meanwhile, so a plan that comes again is launched as one CUDA
 graph. Each attention GPU has an `ExpertStepper` with a carrier and a stream of its own, driven by the thread
-of its seat (`expert_seats.py`). A carrier that fails takes its stepper with it: close it, and pair anew under another epoch.
+of its seat (`expert_seats.py`). A carrier that fails takes its stepper with it: close it, and pair anew under
+another epoch.
 
 Shapes: T rows of a micro-batch, D width, k experts a row.
 """
@@ -149,10 +150,18 @@ class StreamRunner:
 
     Args:
         capturing: held while a graph is captured, by all runners of a process that have threads of their own.
+        is_urgent: its kernels go before those of others.
     """
 
-    def __init__(self, device: torch.device, capturing: AbstractContextManager[object] | None = None) -> None:
-        self._stream, self._capturing = torch.cuda.Stream(device), capturing or threading.Lock()
+    def __init__(
+        self,
+        device: torch.device,
+        capturing: AbstractContextManager[object] | None = None,
+        *,
+        is_urgent: bool = False,
+    ) -> None:
+        self._stream = torch.cuda.Stream(device, priority=-1 if is_urgent else 0)
+        self._capturing = capturing or threading.Lock()
         self._keeper = torch.cuda.CUDAGraph()  # a pool ends with the last graph that uses it
         self._record(self._keeper, lambda: torch.zeros(1, device=device))
 

@@ -196,11 +196,15 @@ class Drop:
 
 @dataclass(frozen=True)
 class Join:
-    """Take a seat at experts: for so many micro-batches of so many rows, under that placement."""
+    """Take a seat at experts: for so many micro-batches of so many rows, under that placement.
+
+    Where several want to be served, those go first who are urgent.
+    """
 
     num_slots: int
     max_rows: int
     epoch: int
+    is_urgent: bool
 
 
 @dataclass(frozen=True)

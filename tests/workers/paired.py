@@ -71,6 +71,7 @@ class Host:
     stop: threading.Event = field(default_factory=threading.Event)
     host: ExpertHost | None = None
     thread: threading.Thread | None = None
+    urgent: list[bool] = field(default_factory=list)  # of each seat
 
     def adopt(self, placement: ExpertPlacement) -> None:
         if self.host:
@@ -79,9 +80,13 @@ class Host:
         name = self.endpoint.address.name
         config = WayConfig("ipc", f"{name}/rows", TOKEN)
         experts = experts_of_groups(self.groups)
-        self.host = ExpertHost(name, demo_config(), experts, placement, config, DirectRunner)
+        self.host = ExpertHost(name, demo_config(), experts, placement, config, self.runner)
         self.thread = threading.Thread(target=self.host.serve, args=(self.endpoint, self.stop))
         self.thread.start()
+
+    def runner(self, *, is_urgent: bool) -> DirectRunner:
+        self.urgent.append(is_urgent)
+        return DirectRunner()
 
     @property
     def seats(self) -> list[Any]:
@@ -146,6 +151,7 @@ def paired(pool: Pool, name: str, config: EngineConfig, layer_seconds: float = S
         device=torch.device("cpu"),
         backend="reference",
         layer_seconds=layer_seconds,
+        is_urgent=name != "second",
     )
 
 

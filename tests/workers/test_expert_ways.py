@@ -207,6 +207,7 @@ def test_attention_comes_and_goes_while_others_work(
             ask(second, oracle)
             second.step()
             assert len(experts.hosts[0].seats) == 2
+            assert experts.hosts[0].urgent == [True, False], "each has a stream of its own kind"
         soon(lambda: len(experts.hosts[0].seats) == 1)
         for uid, more in drain(first).items():
             answers[uid] += more
@@ -260,10 +261,10 @@ def test_a_pass_that_fails_at_the_attention_is_given_up_at_the_experts(
 @pytest.mark.parametrize(
     ("join", "says"),
     [
-        (Join(1, 64, 99), "its placement has epoch 2, ours 99"),
-        (Join(4, 64, 2), "4 micro-batches of 64 rows were asked for; at most 3 of 16384 fit"),
-        (Join(1, 0, 2), "1 micro-batches of 0 rows"),
-        (Join(1, 16385, 2), "16385 rows"),
+        (Join(1, 64, 99, True), "its placement has epoch 2, ours 99"),
+        (Join(4, 64, 2, True), "4 micro-batches of 64 rows were asked for; at most 3 of 16384 fit"),
+        (Join(1, 0, 2, True), "1 micro-batches of 0 rows"),
+        (Join(1, 16385, 2, True), "16385 rows"),
     ],
 )
 def test_who_asks_for_too_much_gets_no_seat(join: Join, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
