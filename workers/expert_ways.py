@@ -269,8 +269,9 @@ class PairedExperts:
                 self._paired().announce(StepPlan(rows, layers, captured))
             yield
         except CarrierFailed as error:
+            problem = self._problem(of_placement=False) or (error.peer, error.reason)
             self._abort(str(error))
-            raise WorkerLost(self._lost(error.peer), error.reason) from error
+            raise WorkerLost(*problem) from error
         except BaseException as error:
             self._abort(f"a pass was given up: {type(error).__name__}")
             raise
@@ -341,11 +342,6 @@ class PairedExperts:
     def _abort(self, reason: str) -> None:
         for way in self._ways:
             way.abort(reason)
-
-    def _lost(self, carrier_peer: str) -> str:
-        """The expert actor behind a seat."""
-        names = [way.share.peer for way in self._ways if carrier_peer.startswith(f"{way.share.peer}/")]
-        return names[0] if names else carrier_peer
 
     def _is_overdue(self) -> bool:
         last = self._last

@@ -107,7 +107,7 @@ def test_an_expert_that_dies_in_the_middle_of_a_step_loses_that_step(
         def kill() -> None:
             dead.seats[0].abort("killed")
 
-        if when == "decode":
+        if when == "decode":  # whichever hears of it first: who announces, or who looks for answers
             while not graphs._steps:
                 engine.step()
             kill()
