@@ -139,9 +139,9 @@ def test_a_worker_outlives_its_experts(
             reader.generate(Request("long", code, long), worker, None)
             reader.read_until(lambda: len(reader.tokens.get("long", [])) > 3)
             experts.hosts[1].end()
-            assert reader.why_failed("long", SECONDS) == "replica_lost"
+            assert reader.why_failed("long", SECONDS) == "experts_lost"
             reader.generate(Request("early", code, long), worker, None)
-            assert reader.why_failed("early", SECONDS) == "replica_lost"
+            assert reader.why_failed("early", SECONDS) == "experts_lost"
             experts.hosts[1] = new_host(1, experts.hosts[1].groups)
             experts.next_epoch()
             short = SamplingParams(max_tokens=len(expected), temperature=0, ignore_eos=True)
