@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 
@@ -132,7 +133,11 @@ def test_a_worker_outlives_its_experts(
     with pool(2, monkeypatch) as (experts, _):
         expected = answers_alone(experts, oracle)["code"]
         attending = paired(experts, "worker", EngineConfig(), layer_seconds=3.0)
-        with running(Model(attending), "worker", "decode") as worker, client() as reader:  # type: ignore[arg-type]
+        with (
+            closing(attending),
+            running(Model(attending), "worker", "decode") as worker,  # type: ignore[arg-type]
+            client() as reader,
+        ):
             reader.meet(worker)
             code = oracle["code"].prompt_ids
             long = SamplingParams(max_tokens=300, temperature=0, ignore_eos=True)
@@ -147,7 +152,6 @@ def test_a_worker_outlives_its_experts(
             short = SamplingParams(max_tokens=len(expected), temperature=0, ignore_eos=True)
             reader.generate(Request("late", code, short), worker, None)
             assert reader.answers("late")["late"] == expected
-        attending.close()
 
 
 def test_recordings_are_forgotten_with_the_carriers_they_hold(
