@@ -140,7 +140,8 @@ class Engine:
         """
         assert self.pool.num_free - self.pool.num_cached == self.pool.num_pages, "pages are somebody's"
         assert self.is_idle, "it is in use"
-        return self._runner.warm_up(self._config.chunk, self._config.num_drafts, decodes=decodes)
+        config = self._config
+        return self._runner.warm_up(config.chunk, config.num_drafts, config.sequences, decodes=decodes)
 
     @torch.inference_mode()
     def step(self, on_layer: OnLayer | None = None) -> list[Token]:

@@ -112,16 +112,16 @@ class Runner:
         """Whether rows can be launched before the host knows their tokens."""
         return self._graphs is not None
 
-    def warm_up(self, chunk: int, num_drafts: int, *, decodes: bool) -> WarmedUp | None:
+    def warm_up(self, chunk: int, num_drafts: int, sequences: int, *, decodes: bool) -> WarmedUp | None:
         """Before anything lies in the pages; None where nothing is recorded, so that nothing would be gained.
 
         Args:
-            chunk, num_drafts: as of `EngineConfig`.
+            chunk, num_drafts, sequences: as of `EngineConfig`.
             decodes: whether decode steps are to come.
         """
         if self._graphs is None:
             return None
-        work = WarmUp(self._model, self._cache, self.draw, chunk, num_drafts)
+        work = WarmUp(self._model, self._cache, self.draw, chunk, num_drafts, sequences, self._experts)
         return work.run(self._graphs if decodes else None)
 
     @property

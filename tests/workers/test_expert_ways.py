@@ -126,6 +126,20 @@ def test_an_expert_that_dies_in_the_middle_of_a_step_loses_that_step(
         soon(lambda: all(carrier.is_closed for carrier in old))
 
 
+def test_a_warm_up_is_announced_too(oracle: dict[str, OraclePrompt], monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pool(1, monkeypatch) as (experts, _),
+        attention(experts, "attention", EngineConfig(chunk=32, sequences=1)) as (engine, _, graphs),
+    ):
+        warmed = engine.warm_up()
+        assert warmed
+        assert warmed.done == warmed.planned
+        assert graphs
+        assert graphs._steps
+        ask(engine, oracle)
+        assert drain(engine) == answers_alone(experts, oracle)
+
+
 def test_a_worker_outlives_its_experts(
     oracle: dict[str, OraclePrompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
