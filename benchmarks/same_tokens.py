@@ -7,7 +7,8 @@ Requests of mixed lengths, greedy and sampled with seeds, all at once, through c
 drafts, attention actors, pages and in where the experts are. The reference runs them one after another in one
 engine on the CPU; `--expected` keeps its answers in a file, for a machine whose time is dear. Exits with 1 if
 anything differs. With `--device cuda` the cluster's actors share two GPUs and compute in float32, whose
-rounding may differ: a difference is where two tokens are all but equally likely, or an error.
+rounding may differ: a difference is where two tokens are all but equally likely, or an error. By the kernels
+for GPUs, attention is on one GPU and experts on the other; the reference is one engine by the same kernels.
 """
 
 import argparse
@@ -26,11 +27,14 @@ from cluster.config import ClusterConfig
 from cluster.demo import DEMO
 from cluster.gateway.cluster_backend import ClusterBackend
 from cluster.launch import start_backend
+from model.config import ModelConfig
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
-from workers.engine import EngineConfig
+from workers.engine import Engine, EngineConfig
 from workers.local import LocalModel, ModelOptions
+from workers.placement import ExpertPlacement
 from workers.sequence import Request
+from workers.transport.protocol import Address
 
 VARIANTS: list[dict[str, Any]] = [
     {"chunk": 2048, "drafts": 0, "actors": 1, "experts": "pool", "pages": "full"},
@@ -40,11 +44,17 @@ VARIANTS: list[dict[str, Any]] = [
     {"chunk": 1, "drafts": 0, "actors": 1, "experts": "local", "pages": "full", "longest": 600},
     {"chunk": 300, "drafts": "auto", "actors": 2, "experts": "pool", "pages": "fp8"},
 ]
+TRITON: dict[str, Any] = {"actors": 1, "pages": "fp8", "kernels": "triton"}
 GPU_VARIANTS: list[dict[str, Any]] = [
     {"chunk": 2048, "drafts": 0, "actors": 1, "experts": "local", "pages": "full", "carrier": "nccl"},
     {"chunk": 300, "drafts": 1, "actors": 1, "experts": "local", "pages": "fp8", "carrier": "nccl"},
     {"chunk": 2048, "drafts": 2, "actors": 1, "experts": "pool", "pages": "full", "carrier": "ipc"},
     {"chunk": 777, "drafts": 3, "actors": 1, "experts": "pool", "pages": "fp8", "carrier": "host"},
+    TRITON | {"chunk": 777, "drafts": 0, "experts": "local", "carrier": "nccl"},
+    TRITON | {"chunk": 777, "drafts": 0, "experts": "pool", "carrier": "ipc", "rows": "ipc"},
+    TRITON
+    | {"chunk": 300, "drafts": 2, "experts": "pool", "carrier": "ipc", "rows": "copy", "micro_batches": 2},
+    TRITON | {"chunk": 777, "drafts": 1, "experts": "pool", "carrier": "ipc", "rows": "nccl"},
 ]
 TOKENS_AN_ACTOR = 400_000
 GPU_EXPERT_ACTORS = 4
@@ -75,9 +85,8 @@ def requests(count: int, longest: int) -> list[Request]:
     return found
 
 
-def alone(model: LocalModel, request: Request) -> list[int]:
-    """The answer of one engine that runs nothing else."""
-    engine = model.engine(EngineConfig(), len(request.prompt_ids) + request.params.max_tokens)
+def alone(engine: Engine, request: Request) -> list[int]:
+    """The answer of an engine that runs nothing else."""
     engine.add(request)
     tokens = []
     while not engine.is_idle:
@@ -89,14 +98,27 @@ def description(variant: dict[str, Any], device: str) -> ClusterConfig:
     pooled = variant["experts"] == "pool"
     role = {"attention_actors": variant["actors"], "tokens": TOKENS_AN_ACTOR, "gpus": 0.5 if pooled else 1.0}
     experts: dict[str, Any] = {"placement": variant["experts"], "layer_seconds": 60.0}
-    if device == "cuda":
-        experts |= {"nodes": GPU_EXPERT_ACTORS, "gpus": 1 / GPU_EXPERT_ACTORS}
+    kernels = variant.get("kernels", "reference")
+    if device == "cuda":  # NCCL joins no two actors that share a GPU, so one actor has it all
+        nodes = 1 if kernels == "triton" else GPU_EXPERT_ACTORS
+        experts |= {"nodes": nodes, "gpus": 1 / nodes}
     return ClusterConfig.model_validate(
         {
-            "model": {"deterministic": device == "cpu", "pages": variant["pages"], "device": device},
-            "engine": {"chunk": variant["chunk"], "drafts": variant["drafts"], "max_waiting": 1024},
+            "model": {
+                "deterministic": device == "cpu",
+                "pages": variant["pages"],
+                "device": device,
+                "kernels": kernels,
+                "dtype": "bfloat16" if kernels == "triton" else "float32",
+            },
+            "engine": {
+                "chunk": variant["chunk"],
+                "drafts": variant["drafts"],
+                "max_waiting": 1024,
+                "micro_batches": variant.get("micro_batches", 1),
+            },
             "experts": experts,
-            "carriers": {"pages": variant.get("carrier", "host")},
+            "carriers": {"pages": variant.get("carrier", "host"), "rows": variant.get("rows", "host")},
             "prefill": role,
             "decode": role,
             "router": {"silence_seconds": 120.0, "lease_seconds": 120.0},
@@ -121,10 +143,23 @@ async def together(backend: ClusterBackend, all_requests: list[Request]) -> list
         await backend.stop()
 
 
-def alone_on_cpu(requests: list[Request], pages: str) -> list[list[int]]:
-    """The answers that are expected."""
-    model = LocalModel(DEMO, ModelOptions(pages=pages, kernels="deterministic"))
-    return [alone(model, request) for request in requests]
+def expected_answers(variant: dict[str, Any], requests: list[Request]) -> list[list[int]]:
+    """Those of one engine; of the kernels for GPUs with the rounding of one expert actor."""
+    if variant.get("kernels") == "triton":
+        # Imported where they run: Triton is not to be had everywhere.
+        from benchmarks.split_tokens import in_one_process
+
+        config = ModelConfig.load(DEMO)
+        nobody = [Address("experts-0")]
+        placement = ExpertPlacement.even(0, config.n_routed_experts, config.n_group, nobody)
+        engine = in_one_process(placement, EngineConfig(), TOKENS_AN_ACTOR)
+        return [alone(engine, request) for request in requests]
+    model = LocalModel(DEMO, ModelOptions(pages=variant["pages"], kernels="deterministic"))
+    rooms = [len(request.prompt_ids) + request.params.max_tokens for request in requests]
+    return [
+        alone(model.engine(EngineConfig(), room), request)
+        for request, room in zip(requests, rooms, strict=True)
+    ]
 
 
 def main() -> int:
@@ -143,10 +178,11 @@ def main() -> int:
     work = []
     for variant in variants:
         longest = min(options.longest, variant.get("longest", options.longest))
-        asked, key = requests(options.requests, longest), f"{variant['pages']} {longest} {options.requests}"
+        asked, kernels = requests(options.requests, longest), variant.get("kernels", "")
+        key = f"{kernels} {variant['pages']} {longest} {options.requests}".strip()
         work.append((variant, asked, key))
         if key not in expected:
-            expected[key] = alone_on_cpu(asked, variant["pages"])
+            expected[key] = expected_answers(variant, asked)
     if options.expected:
         options.expected.write_text(json.dumps(expected))
     report = []

@@ -24,6 +24,7 @@ from model.pages import PageFormat
 from workers.engine import EngineConfig
 from workers.local import ModelOptions, WeightSource
 from workers.speculate import MAX_DRAFTS
+from workers.transport.config import CarrierKind
 from workers.wire import Role
 
 MAX_FILE_BYTES = 256 * 1024
@@ -111,7 +112,9 @@ class EngineSection(_Section):
     `tokens` is the room in pages, all sequences together; None is eight times the model's context. Where
     prefill and decode have engines of their own, their sections say how much room each has. A gateway refuses
     more than `max_waiting` requests that wait for a token, and more than `max_open` altogether for each
-    decode worker. Two `micro_batches` keep attention busy while rows are at experts of a pool.
+    decode worker. Two or three `micro_batches` keep attention busy while rows are at experts of a pool. At
+    most so many `sequences` run at once in an engine: with `chunk` they say how large a pass may be, and what
+    its carriers take.
     """
 
     chunk: Count = 2048
@@ -119,12 +122,13 @@ class EngineSection(_Section):
     tokens: Count | None = None
     max_waiting: Count = 64
     max_open: Count = 512
-    micro_batches: Literal[1, 2] = 1
+    micro_batches: Literal[1, 2, 3] = 1
+    sequences: Annotated[int, Field(ge=1, le=1024)] = 256
 
     def config(self) -> EngineConfig:
         adapt = self.drafts == "auto"
         num_drafts = MAX_DRAFTS if self.drafts == "auto" else self.drafts
-        return EngineConfig(self.chunk, num_drafts, adapt, self.micro_batches)
+        return EngineConfig(self.chunk, num_drafts, adapt, self.micro_batches, self.sequences)
 
 
 def room(tokens: int | None, longest: int) -> int:
@@ -199,11 +203,24 @@ class RouterSection(_Section):
 class CarriersSection(_Section):
     """How tensors go from GPU to GPU.
 
-    `pages`, from prefill to decode: by way of the `host`, which works everywhere; `ipc` (kernels) or `copy`
-    (copy engines) between GPUs of one machine that reach each other's memory; `nccl` between any two.
+    `pages`, from prefill to decode, and `rows`, between attention and the experts of a pool: by way of the
+    `host`, which works everywhere; `ipc` (kernels) or `copy` (copy engines) between GPUs of one machine that
+    reach each other's memory; `nccl` between any two GPUs that are not the same. Rows that do not go by way
+    of the host go with `model.kernels: triton`, and the other way round.
     """
 
     pages: Literal["host", "ipc", "copy", "nccl"] = "host"
+    rows: Literal["host", "ipc", "copy", "nccl"] = "host"
+
+    @property
+    def page_carrier(self) -> CarrierKind | None:
+        """None for pages in messages."""
+        return None if self.pages == "host" else self.pages
+
+    @property
+    def row_carrier(self) -> CarrierKind | None:
+        """None for rows in messages."""
+        return None if self.rows == "host" else self.rows
 
 
 class RaySection(_Section):
@@ -304,8 +321,14 @@ class ClusterConfig(_Section):
 
     @model_validator(mode="after")
     def _experts_on_gpus(self) -> "ClusterConfig":
-        if self.model.kernels == "triton" and self.experts.placement == "pool":
-            raise ValueError("model.kernels: triton goes with experts.placement: local")
+        rows, kernels, is_pool = self.carriers.rows, self.model.kernels, self.experts.placement == "pool"
+        if rows == "host" and kernels == "triton" and is_pool:
+            problem = "model.kernels: triton goes with experts.placement: local, or in a pool with"
+            raise ValueError(f"{problem} carriers.rows: ipc, copy or nccl, not host")
+        if rows != "host" and not (kernels == "triton" and is_pool):
+            needed = "model.kernels: triton and experts.placement: pool"
+            found = f"{kernels} and {self.experts.placement}"
+            raise ValueError(f"carriers.rows: {rows} goes with {needed}, not {found}")
         return self
 
     @model_validator(mode="after")

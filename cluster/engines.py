@@ -226,10 +226,11 @@ def _actor_config(name: str, role: Role, config: ClusterConfig, secrets: Secrets
         room(section.tokens, longest),
         config.router.lease_seconds,
         config.experts.layer_seconds if config.experts.placement == "pool" else None,
-        None if config.carriers.pages == "host" else config.carriers.pages,
+        config.carriers.page_carrier,
         secrets.token,
         secrets.pages,
         tcp_host=None if config.ray.address == "local" else own_host,
+        row_carrier=config.carriers.row_carrier,
     )
 
 

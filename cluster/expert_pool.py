@@ -21,6 +21,7 @@ from cluster.ray_runtime import Place, place_of, started
 from workers.actors import ExpertActor, ExpertActorConfig, ExpertActorStats, TcpHost
 from workers.local import ModelOptions, open_checkpoint
 from workers.placement import ExpertPlacement
+from workers.transport.config import CarrierKind
 from workers.transport.protocol import Address
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class ExpertPool:
         place_seconds: float = PLACE_SECONDS,
         start_seconds: float = START_SECONDS,
         tcp_host: TcpHost = None,
+        row_carrier: CarrierKind | None = None,
     ) -> None:
         """Start the actors and wait until each has loaded its experts.
 
@@ -66,7 +68,7 @@ class ExpertPool:
             node_labels: of the nodes that may be used.
             place_seconds: how long to wait for such nodes.
             start_seconds: how long an actor may take from its process to its experts.
-            tcp_host: as of `ExpertActorConfig`.
+            tcp_host, row_carrier: as of `ExpertActorConfig`.
 
         Raises:
             PlacementError: more nodes than groups.
@@ -77,7 +79,9 @@ class ExpertPool:
         self._model = open_checkpoint(directory, options).config
         shares = _runs(self._model.n_group, num_nodes)
         self._configs = [
-            ExpertActorConfig(f"experts-{node}", directory.resolve(), groups, options, self.token, tcp_host)
+            ExpertActorConfig(
+                f"experts-{node}", directory.resolve(), groups, options, self.token, tcp_host, row_carrier
+            )
             for node, groups in enumerate(shares)
         ]
         self._subscribers: dict[str, Any] = {}

@@ -25,16 +25,19 @@ from kernels.backend import UnsupportedKernel
 from model.config import ModelConfig
 from model.inputs import PAGE_SIZE
 from model.text import load_text
+from workers.actors import way_config
 from workers.dispatch import RemoteExperts
 from workers.local import LocalModel, open_checkpoint
 from workers.page_pool import pages_for
 from workers.prefix import PrefixHasher
-from workers.transport.config import EndpointConfig
+from workers.transport.config import CarrierKind, EndpointConfig
 from workers.transport.endpoint import PeerEndpoint
 
 if TYPE_CHECKING:
+    from cluster.expert_pool import ExpertPool
     from cluster.gateway.cluster_backend import ClusterBackend
     from cluster.supervisor import Secrets
+    from workers.expert_ways import PairedExperts
 
 _POLL_SECONDS = 0.2
 
@@ -111,7 +114,9 @@ def _start_ray(config: ClusterConfig, stack: ExitStack, say: Say) -> None:
 # One engine in this process
 
 
-def _start_pool(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say: Say) -> RemoteExperts:
+def _start_pool(
+    config: ClusterConfig, model: ModelConfig, stack: ExitStack, say: Say
+) -> "RemoteExperts | PairedExperts":
     import ray
 
     from cluster.expert_pool import ExpertPool
@@ -131,16 +136,39 @@ def _start_pool(config: ClusterConfig, model: ModelConfig, stack: ExitStack, say
             place_seconds=experts.place_seconds,
             start_seconds=config.ray.start_seconds,
             tcp_host=None if config.ray.address == "local" else own_host,
+            row_carrier=config.carriers.row_carrier,
         )
     except (TimeoutError, ray.exceptions.RayError) as error:
         raise ClusterError(f"the expert actors did not come up: {_last_line(error)}") from error
     stack.callback(pool.close)
+    if config.carriers.row_carrier:
+        return _paired_experts(config, config.carriers.row_carrier, pool, stack)
     endpoint = PeerEndpoint(EndpointConfig("attention-0", pool.token))
     stack.callback(endpoint.close)
     return RemoteExperts(endpoint, pool, topk_group=model.topk_group, layer_seconds=experts.layer_seconds)
 
 
-def _load_engine(config: ClusterConfig, experts: RemoteExperts | None, say: Say) -> EngineBackend:
+def _paired_experts(
+    config: ClusterConfig, kind: CarrierKind, pool: "ExpertPool", stack: ExitStack
+) -> "PairedExperts":
+    from cluster.ray_runtime import own_host
+
+    # Imported where they run: Triton takes 60 MiB, which processes without a GPU spare.
+    from workers.expert_ways import paired_experts
+
+    tcp_host = None if config.ray.address == "local" else own_host
+    ways = way_config(kind, "attention-0/rows", pool.token, tcp_host)
+    experts = paired_experts(
+        config.model.directory, config.model.options(), config.engine.config(), pool, ways,
+        config.experts.layer_seconds,
+    )  # fmt: skip
+    stack.callback(experts.close)
+    return experts
+
+
+def _load_engine(
+    config: ClusterConfig, experts: "RemoteExperts | PairedExperts | None", say: Say
+) -> EngineBackend:
     if config.model.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("", "model.device", "is cuda; no GPU can be used here (torch finds none)")
     started = time.perf_counter()

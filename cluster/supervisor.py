@@ -184,6 +184,7 @@ def _expert_pool(config: ClusterConfig, secrets: Secrets) -> ExpertPool:
         place_seconds=experts.place_seconds,
         start_seconds=config.ray.start_seconds,
         tcp_host=None if config.ray.address == "local" else own_host,
+        row_carrier=config.carriers.row_carrier,
     )
 
 

@@ -10,15 +10,18 @@ them carry token 0 and become alike, so that they ask for one row's experts.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.decoder import Decoder
+from model.decoder import Decoder, MicroBatch
 from model.inputs import MAX_DECODE_ROWS, PAGE_SIZE, ForwardInputs, PackedRows, Segment, slots_of_run
+from model.moe import ExpertSteps, NoSteps
 from model.pages import PageCache
 from model.transfer import put, to_device
 
@@ -104,19 +107,36 @@ class DecodeGraphs:
     Those used last are kept. All share one pool of memory and must follow one another on one stream.
 
     Args:
-        capture: how a function is recorded; None for CUDA graphs.
+        capture: how a function is recorded that has run before; None for CUDA graphs.
+        experts: are told of every pass, also of those that are run to be recorded.
+        micro_batches: into how many parts a step is cut, which are at the experts in turn.
     """
 
-    def __init__(self, model: Decoder, cache: PageCache, capture: Capture | None = None) -> None:
-        self._model, self._cache = model, cache
+    def __init__(
+        self,
+        model: Decoder,
+        cache: PageCache,
+        capture: Capture | None = None,
+        experts: ExpertSteps | None = None,
+        micro_batches: int = 1,
+    ) -> None:
+        self._model, self._cache, self._micro_batches = model, cache, micro_batches
         self._capture = capture or CudaCapture()
+        self._experts = experts or NoSteps()
         self._steps: dict[Bucket, _Recorded] = {}
         self._drafts: dict[Bucket, _Recorded] = {}
+        self._experts.on_parting(self.forget)
+
+    def forget(self) -> None:
+        """Drop all recordings; none of them is running."""
+        self._steps.clear()
+        self._drafts.clear()
 
     @torch.inference_mode()
     def warm_up(self, num_sequences: int, longest: int, most_rows: int = 1) -> None:
         """Record what steps of such a shape take, those of the draft module too where they verify drafts."""
         config = self._model.config
+        self._experts.prepare()
         self._forward_of(Bucket.of(num_sequences, most_rows, longest, config))
         if most_rows > 1:
             for num_rows in (most_rows, 1):  # what was verified, then a draft from a draft
@@ -125,7 +145,7 @@ class DecodeGraphs:
     def forward(self, step: StepRows) -> HiddenRows:
         """As `Decoder.forward`."""
         bucket = step.bucket(self._model.config)
-        return self._forward_of(bucket).run(step)
+        return self._run(self._forward_of(bucket), step)
 
     def draft(self, step: StepRows, hidden: Tensor, firsts: Sequence[int]) -> HiddenRows:
         """As `Decoder.draft`.
@@ -140,7 +160,19 @@ class DecodeGraphs:
         runs = [range(first, first + count) for first, count in zip(firsts, step.counts, strict=True)]
         rows = bucket.fill_up(runs, 0)
         recorded.hidden.copy_(hidden.index_select(0, to_device(rows, torch.int64, hidden.device)))
-        return recorded.run(step)
+        return self._run(recorded, step)
+
+    def _run(self, recorded: "_Recorded", step: StepRows) -> HiddenRows:
+        recorded.rows.fill(step)
+        with self._announced(recorded.rows, recorded.hidden):
+            recorded.replay()
+        stride = recorded.rows.bucket.rows_per_sequence
+        return HiddenRows(recorded.result, [i * stride for i in range(len(step.starts))])
+
+    def _announced(self, rows: "_StaticRows", hidden: Tensor | None) -> AbstractContextManager[None]:
+        is_draft = hidden is not None
+        counts = (rows.bucket.num_rows,) if is_draft else rows.part_sizes
+        return self._experts.announce(counts, is_draft=is_draft, captured=True)
 
     def _forward_of(self, bucket: Bucket) -> "_Recorded":
         return _recorded(self._steps, bucket, self._record_forward)
@@ -149,15 +181,18 @@ class DecodeGraphs:
         return _recorded(self._drafts, bucket, self._record_draft)
 
     def _record_forward(self, bucket: Bucket) -> "_Recorded":
-        rows = _StaticRows(bucket, self._model.device)
-        run = partial(_forward, self._model, rows, self._cache)
-        return _Recorded(rows, None, *self._capture(run))
+        rows = _StaticRows(bucket, self._model.device, self._micro_batches)
+        return self._record(rows, None, partial(_forward, self._model, rows, self._cache))
 
     def _record_draft(self, bucket: Bucket) -> "_Recorded":
         model, rows = self._model, _StaticRows(bucket, self._model.device)
         width = model.config.hidden_size
         hidden = torch.zeros(bucket.num_rows, width, dtype=model.dtype, device=model.device)
-        run = partial(_draft, model, rows, hidden, self._cache)
+        return self._record(rows, hidden, partial(_draft, model, rows, hidden, self._cache))
+
+    def _record(self, rows: "_StaticRows", hidden: Tensor | None, run: Callable[[], Tensor]) -> "_Recorded":
+        with self._announced(rows, hidden):
+            run()  # kernels are compiled and make what they keep between launches: not while recording
         return _Recorded(rows, hidden, *self._capture(run))
 
 
@@ -175,7 +210,10 @@ def _recorded(
 
 
 def _forward(model: Decoder, rows: "_StaticRows", cache: PageCache) -> Tensor:
-    return model.forward(rows.inputs(), cache)
+    parts = [MicroBatch(part) for part in rows.parts()]
+    if len(parts) == 1:
+        return model.forward(parts[0].inputs, cache)
+    return torch.cat(model.forward_in_turn(parts, cache))
 
 
 def _draft(model: Decoder, rows: "_StaticRows", hidden: Tensor, cache: PageCache) -> Tensor:
@@ -183,16 +221,17 @@ def _draft(model: Decoder, rows: "_StaticRows", hidden: Tensor, cache: PageCache
 
 
 class CudaCapture:
-    """Records into CUDA graphs that share a pool of memory."""
+    """Records into CUDA graphs that share a pool of memory; of one function after it has run."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._keeper = torch.cuda.CUDAGraph()  # a pool ends with the last graph that uses it
+        with torch.cuda.graph(self._keeper, capture_error_mode="relaxed"):
+            torch.zeros(1, device="cuda")
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        run()  # kernels are compiled and make what they keep between launches: not while recording
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Relaxed: other threads of the process may use the device meanwhile, and NCCL does in ours.
+        with torch.cuda.graph(graph, pool=self._keeper.pool(), capture_error_mode="relaxed"):
             result = run()
         return graph.replay, result
 
@@ -206,18 +245,14 @@ class _Recorded:
     replay: Callable[[], object]
     result: Tensor
 
-    def run(self, step: StepRows) -> HiddenRows:
-        self.rows.fill(step)
-        self.replay()
-        stride = self.rows.bucket.rows_per_sequence
-        return HiddenRows(self.result, [i * stride for i in range(len(step.starts))])
-
 
 class _StaticRows:
     """A bucket's inputs: numbers are laid out in pinned memory, and one copy brings them to the device."""
 
-    def __init__(self, bucket: Bucket, device: torch.device) -> None:
+    def __init__(self, bucket: Bucket, device: torch.device, micro_batches: int = 1) -> None:
         self.bucket = bucket
+        cuts = [bucket.num_sequences * i // micro_batches for i in range(micro_batches + 1)]
+        self._parts = [range(*cut) for cut in pairwise(cuts) if cut[0] < cut[1]]  # of sequences
         on_gpu = device.type == "cuda"
         self._packed = PackedRows(bucket.num_rows, bucket.num_sequences, -(-bucket.context // PAGE_SIZE))
         host = torch.zeros(self._packed.size, dtype=torch.int64, pin_memory=on_gpu)
@@ -227,6 +262,16 @@ class _StaticRows:
         self._token_ids = self._packed.split(self._device)[0]
         self._copied = torch.cuda.Event() if on_gpu else None
         self._pages: list[list[int] | None] = [None] * bucket.num_sequences  # as they stand in the table
+
+    @property
+    def part_sizes(self) -> tuple[int, ...]:
+        """Rows of each micro-batch."""
+        return tuple(len(part) * self.bucket.rows_per_sequence for part in self._parts)
+
+    def parts(self) -> list[ForwardInputs]:
+        """As `inputs`, for each micro-batch."""
+        inputs, stride = self.inputs(), self.bucket.rows_per_sequence
+        return [inputs.part(part, range(part.start * stride, part.stop * stride)) for part in self._parts]
 
     def inputs(self) -> ForwardInputs:
         """Made anew for whoever records: what follows from them must be recorded too."""

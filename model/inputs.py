@@ -111,6 +111,20 @@ class ForwardInputs:
     def num_rows(self) -> int:
         return len(self.token_ids)
 
+    def part(self, sequences: range, rows: range) -> "ForwardInputs":
+        """Some of the sequences, whose rows these are: views."""
+        here = slice(rows.start, rows.stop)
+        return ForwardInputs(
+            self.token_ids[here],
+            self.positions[here],
+            self.slots[here],
+            self.page_table[sequences.start : sequences.stop],
+            tuple(
+                Segment(segment.start - rows.start, segment.stop - rows.start, segment.kv_len)
+                for segment in self.segments[sequences.start : sequences.stop]
+            ),
+        )
+
     def pages_of(self, sequence: int) -> Tensor:
         """[N] int64: the pages that hold one sequence's context."""
         num_pages = -(-self.segments[sequence].kv_len // PAGE_SIZE)

@@ -5,8 +5,10 @@ In one process that is `LocalExperts`; on a cluster it is the expert pool. Shape
 width, E experts, k experts a token.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,6 +52,73 @@ class Experts(Protocol):
         The result is float32: for each token the weighted sum of its experts, in the tree of groups.
         """
         ...
+
+
+@runtime_checkable
+class ExpertSteps(Protocol):
+    """Experts that must be told of every pass before it is launched, as nobody asks the host on its way."""
+
+    def prepare(self) -> None:
+        """Before a step: make sure that all experts can be reached. What was recorded may be forgotten.
+
+        Raises:
+            Exception: they cannot; a later step tries again.
+        """
+        ...
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the next step needs no `prepare`."""
+        ...
+
+    def announce(
+        self, rows: tuple[int, ...], *, is_draft: bool, captured: bool
+    ) -> AbstractContextManager[None]:
+        """Within it a pass is launched; where that fails, nobody goes on waiting for it.
+
+        Args:
+            rows: of each micro-batch.
+            is_draft: it is the MTP layer's, not that of all others.
+            captured: passes of the same addresses will come again.
+        """
+        ...
+
+    def check(self, landed: Callable[[], None]) -> None:
+        """Make sure that the experts have answered; results mean nothing before.
+
+        Args:
+            landed: waits until the passes in question are over.
+
+        Raises:
+            Exception: they have not.
+        """
+        ...
+
+    def on_parting(self, forget: Callable[[], None]) -> None:
+        """Call this before the addresses that passes hold are given back."""
+        ...
+
+
+class NoSteps:
+    """As `ExpertSteps`, for experts that need not be told of anything."""
+
+    is_current = True
+
+    def prepare(self) -> None: ...
+
+    def announce(
+        self, rows: tuple[int, ...], *, is_draft: bool, captured: bool
+    ) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def check(self, landed: Callable[[], None]) -> None: ...
+
+    def on_parting(self, forget: Callable[[], None]) -> None: ...
+
+
+def steps_of(experts: object) -> ExpertSteps:
+    """Who is to be told of passes through these experts."""
+    return experts if isinstance(experts, ExpertSteps) else NoSteps()
 
 
 @dataclass(frozen=True)

@@ -5,28 +5,31 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.decoder import DTYPES
 from model.pages import PageCache
+from model.random_weights import RandomCheckpoint
 from workers.attention import AttentionWorker, WorkerConfig
-from workers.dispatch import RemoteExperts
+from workers.dispatch import DispatchError, RemoteExperts
 from workers.engine import Engine, EngineConfig
 from workers.experts import ExpertWorker, Urgency, load_experts
-from workers.handoff import WayConfig
 from workers.local import LocalModel, ModelOptions, open_checkpoint
 from workers.placement import ExpertPlacement
-from workers.transport.config import EndpointConfig
+from workers.transport.config import CarrierKind, EndpointConfig, WayConfig
 from workers.transport.endpoint import PeerEndpoint
 from workers.transport.message import TransportError
-from workers.transport.protocol import Address, Deadline
+from workers.transport.protocol import Address, Deadline, Endpoint
 from workers.wire import Role, WorkerStatus
 
 if TYPE_CHECKING:
+    from workers.expert_ways import PairedExperts
     from workers.page_ways import Ways
 
 _log = logging.getLogger(__name__)
@@ -45,6 +48,7 @@ class ExpertActorConfig:
     """One expert actor: its name among its peers, and the groups of every layer that it holds.
 
     `tcp_host` finds the address, inside the actor, at which other hosts reach it; None to listen for none.
+    `row_carrier` moves rows between GPUs, None for rows in messages.
     """
 
     name: str
@@ -53,11 +57,12 @@ class ExpertActorConfig:
     options: ModelOptions
     token: bytes = field(repr=False)
     tcp_host: TcpHost = None
+    row_carrier: CarrierKind | None = None
 
 
 @dataclass(frozen=True)
 class ExpertActorStats:
-    """What an expert actor did since its start."""
+    """What an expert actor did since its start: dispatches, or steps where rows go from GPU to GPU."""
 
     num_answered: int
     num_refused: int
@@ -67,17 +72,19 @@ class ExpertActorStats:
 class ExpertActor:
     """Holds its experts in memory and answers dispatches in a thread of its own.
 
-    Ray calls come for placement and health only; rows travel through the endpoint.
+    Ray calls come for placement and health only; rows travel through the endpoint, or from GPU to GPU.
     """
 
     def __init__(self, config: ExpertActorConfig) -> None:
         torch.set_num_threads(1)
-        checkpoint, options = open_checkpoint(config.directory, config.options), config.options
-        self._config, self._model_config, self._dtype = config, checkpoint.config, DTYPES[options.dtype]
-        self._experts = load_experts(checkpoint, config.groups, self._dtype, options.kernels, options.device)
+        checkpoint = open_checkpoint(config.directory, config.options)
+        self._config = config
+        self._serving = (
+            _paired_serving(config, checkpoint) if config.row_carrier else _serving(config, checkpoint)
+        )
         self._endpoint = _listening(config.name, config.token, config.tcp_host)
         self._stop = threading.Event()
-        self._worker: ExpertWorker | None = None
+        self._worker: ExpertServing | None = None
         self._thread: threading.Thread | None = None
 
     def address(self) -> Address:
@@ -93,9 +100,7 @@ class ExpertActor:
         if self._worker:
             self._worker.adopt(placement)
             return
-        name = self._config.name
-        worker = ExpertWorker(name, self._model_config, self._experts, placement, self._dtype)
-        self._worker = worker
+        worker = self._worker = self._serving(placement)
         self._thread = threading.Thread(
             target=worker.serve, args=(self._endpoint, self._stop), name="experts", daemon=True
         )
@@ -118,12 +123,62 @@ class ExpertActor:
         self._endpoint.close()
 
 
+class ExpertServing(Protocol):
+    """What an expert actor's thread runs: `ExpertWorker`, or `ExpertHost` where rows go from GPU to GPU."""
+
+    @property
+    def num_answered(self) -> int: ...
+
+    @property
+    def num_refused(self) -> int: ...
+
+    @property
+    def num_late(self) -> int: ...
+
+    def adopt(self, placement: ExpertPlacement) -> None: ...
+
+    def serve(self, endpoint: Endpoint, stop: threading.Event) -> None: ...
+
+
+def _serving(
+    config: ExpertActorConfig, checkpoint: Checkpoint | RandomCheckpoint
+) -> Callable[[ExpertPlacement], ExpertServing]:
+    """With experts loaded, what makes the serving of a first placement."""
+    options, dtype = config.options, DTYPES[config.options.dtype]
+    experts = load_experts(checkpoint, config.groups, dtype, options.kernels, options.device)
+    return lambda placement: ExpertWorker(config.name, checkpoint.config, experts, placement, dtype)
+
+
+def _paired_serving(
+    config: ExpertActorConfig, checkpoint: Checkpoint | RandomCheckpoint
+) -> Callable[[ExpertPlacement], ExpertServing]:
+    """The same where rows go from GPU to GPU."""
+    # Imported where they run: Triton takes 60 MiB, which workers without a GPU spare.
+    from workers.expert_seats import ENVIRONMENT, ExpertHost, load_fused_experts
+    from workers.gpu_experts import StreamRunner
+
+    assert config.row_carrier
+    os.environ.update(ENVIRONMENT)
+    experts = load_fused_experts(checkpoint, config.groups, config.options.kernels, config.options.device)
+    ways = way_config(config.row_carrier, f"{config.name}/rows", config.token, config.tcp_host)
+    make_runner = partial(StreamRunner, experts.device, threading.Lock())
+    return lambda placement: ExpertHost(config.name, checkpoint.config, experts, placement, ways, make_runner)
+
+
+def way_config(kind: CarrierKind, name: str, token: bytes, tcp_host: TcpHost) -> WayConfig:
+    """Of the ways of an actor, which is about to use them."""
+    from workers.transport.nccl_carrier import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT)  # NCCL reads it when it makes its first communicator
+    return WayConfig(kind, name, token, tcp_host() if tcp_host else None)
+
+
 @dataclass(frozen=True)
 class AttentionActorConfig:
     """One attention actor.
 
     `layer_seconds` is what a layer of remote experts may take, None for experts in the actor itself;
-    `page_carrier` moves pages between GPUs, None for pages in messages;
+    `page_carrier` moves pages between GPUs, None for pages in messages; `row_carrier` the rows of experts;
     `num_tokens` the room in its pages; `token` and `secret` are the cluster's: to connect, and of page names;
     `tcp_host` as of an expert actor.
     """
@@ -136,10 +191,11 @@ class AttentionActorConfig:
     num_tokens: int
     lease_seconds: float
     layer_seconds: float | None
-    page_carrier: Literal["ipc", "copy", "nccl"] | None
+    page_carrier: CarrierKind | None
     token: bytes = field(repr=False)
     secret: bytes = field(repr=False)
     tcp_host: TcpHost = None
+    row_carrier: CarrierKind | None = None
 
 
 class AttentionActor:
@@ -158,7 +214,8 @@ class AttentionActor:
         self._endpoints = [_listening(config.name, config.token, config.tcp_host)]
         model = LocalModel(config.directory, config.options, experts=self._remote_experts())
         cache = model.cache(config.num_tokens)
-        engine = Engine(model.decoder, cache, config.engine, config.secret, model.graphs(cache))
+        graphs = model.graphs(cache, config.engine.micro_batches)
+        engine = Engine(model.decoder, cache, config.engine, config.secret, graphs, model.steps)
         if self._experts is None:  # those elsewhere are not known yet
             engine.warm_up(decodes=config.role == "decode")  # nobody knows of an actor that is being made
         num_layers = model.config.num_hidden_layers + bool(config.engine.num_drafts)
@@ -177,16 +234,25 @@ class AttentionActor:
             return None
         # Imported where they run: Triton takes 60 MiB, which workers without a GPU spare.
         from workers.page_ways import Ways
-        from workers.transport.nccl_carrier import ENVIRONMENT
 
-        os.environ.update(ENVIRONMENT)  # NCCL reads it when it makes its first communicator
-        host = config.tcp_host() if config.tcp_host else None
-        return Ways(WayConfig(config.page_carrier, f"{config.name}/pages", config.token, host), cache)
+        return Ways(
+            way_config(config.page_carrier, f"{config.name}/pages", config.token, config.tcp_host), cache
+        )
 
-    def _remote_experts(self) -> RemoteExperts | None:
+    def _remote_experts(self) -> "RemoteExperts | PairedExperts | None":
         config = self._config
-        self._experts: RemoteExperts | None = None
-        if config.layer_seconds is not None:
+        self._experts: RemoteExperts | PairedExperts | None = None
+        self._paired: PairedExperts | None = None
+        if config.layer_seconds is not None and config.row_carrier is not None:
+            from workers.expert_ways import paired_experts
+
+            name = f"{config.name}/rows"
+            ways = way_config(config.row_carrier, name, config.token, config.tcp_host)
+            self._experts = self._paired = paired_experts(
+                config.directory, config.options, config.engine, self, ways, config.layer_seconds,
+                is_urgent=config.role == "decode",
+            )  # fmt: skip
+        elif config.layer_seconds is not None:
             endpoint = PeerEndpoint(EndpointConfig(f"{config.name}/experts", config.token))
             self._endpoints.append(endpoint)
             topk_group = ModelConfig.load(config.directory).topk_group
@@ -204,18 +270,20 @@ class AttentionActor:
             if self._experts:
                 self._meet(self._experts)
             self._worker.serve(self._stop)
+            if self._paired:
+                self._paired.close()
         except BaseException:
             _log.exception("%s is broken", self._config.name)
             os._exit(1)  # who watches this process starts another
 
-    def _meet(self, experts: RemoteExperts) -> None:
+    def _meet(self, experts: "RemoteExperts | PairedExperts") -> None:
         """Know the experts before anybody knows us."""
         self._is_placed.wait()
         if self._stop.is_set():
             return
         try:
             experts.meet(Deadline.after(_MEET_SECONDS))
-        except TransportError as error:
+        except (DispatchError, TransportError) as error:
             _log.warning("%s: %s", self._config.name, error)
 
     def start(self) -> Address:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.errors import PromptTooLong, RequestError
-from model.graphs import DecodeGraphs
+from model.graphs import Bucket, DecodeGraphs
 from model.inputs import PAGE_SIZE
+from model.moe import ExpertSteps, NoSteps
 from model.pages import PageCache
 from model.sampling import NonFiniteLogits, SampleResult, num_accepted
 from model.stopping import finish_reason
@@ -38,23 +40,31 @@ class EngineConfig:
     """How an engine runs.
 
     `chunk` is how many rows a step has at most (decode rows excepted); `num_drafts` how many tokens the MTP
-    module guesses ahead, at most where they `adapt` to what they cost and are worth. With two `micro_batches`
-    one half of a step's sequences computes attention while the other's rows are at the experts, which gains
-    nothing where these are in the same process.
+    module guesses ahead, at most where they `adapt` to what they cost and are worth. With two or
+    three `micro_batches` a part of a step's sequences computes attention while the others' rows are at the
+    experts, which gains
+    nothing where these are in the same process. At most so many `sequences` run at once; others wait.
     """
 
     chunk: int = 2048
     num_drafts: int = 0
     adapt: bool = False
     micro_batches: int = 1
+    sequences: int = 256
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise RequestError("chunk", f"is {self.chunk}; a step runs at least 1 token")
         if not 0 <= self.num_drafts <= MAX_DRAFTS:
             raise RequestError("drafts", f"is {self.num_drafts}; between 0 and {MAX_DRAFTS} can be made")
-        if self.micro_batches not in (1, 2):
-            raise RequestError("micro_batches", f"is {self.micro_batches}; a step runs as 1 or 2")
+        if self.micro_batches not in (1, 2, 3):
+            raise RequestError("micro_batches", f"is {self.micro_batches}; a step runs as 1, 2 or 3")
+        if self.sequences < 1:
+            raise RequestError("sequences", f"is {self.sequences}; at least 1 runs")
+
+    def most_rows(self, config: ModelConfig) -> int:
+        """Rows of the largest pass: a chunk, or a recorded step of all sequences with their drafts."""
+        return max(self.chunk, Bucket.of(self.sequences, 1 + self.num_drafts, 1, config).num_rows)
 
 
 class NumericalFailure(Exception):
@@ -90,6 +100,7 @@ class Engine:
     Args:
         secret: of the names of pages; the same for all who exchange pages, None for one of its own.
         graphs: of decode steps with the same model and cache; None runs them eagerly.
+        experts: are told of every pass; None where they need not be.
     """
 
     def __init__(
@@ -99,11 +110,12 @@ class Engine:
         config: EngineConfig,
         secret: bytes | None = None,
         graphs: DecodeGraphs | None = None,
+        experts: ExpertSteps | None = None,
     ) -> None:
         if config.num_drafts and not model.can_draft:
             raise RequestError("drafts", f"is {config.num_drafts}; this checkpoint has no MTP module: use 0")
         self._model, self._config = model, config
-        self._runner = Runner(model, cache, config.micro_batches, graphs)
+        self._runner = Runner(model, cache, config.micro_batches, graphs, experts or NoSteps())
         self._flight: Flight | None = None  # what runs on the device between two calls of `step`
         self.pool = PagePool(cache.num_pages)
         self._allocator = PageAllocator(self.pool, PrefixHasher(secret or secrets.token_bytes(32)))
@@ -128,7 +140,8 @@ class Engine:
         """
         assert self.pool.num_free - self.pool.num_cached == self.pool.num_pages, "pages are somebody's"
         assert self.is_idle, "it is in use"
-        return self._runner.warm_up(self._config.chunk, self._config.num_drafts, decodes=decodes)
+        config = self._config
+        return self._runner.warm_up(config.chunk, config.num_drafts, config.sequences, decodes=decodes)
 
     @torch.inference_mode()
     def step(self, on_layer: OnLayer | None = None) -> list[Token]:
@@ -139,6 +152,7 @@ class Engine:
 
         Raises:
             NumericalFailure: some requests are dropped, nothing else has happened.
+            Exception: of the experts, where those are elsewhere; no request has got anywhere.
         """
         if self._flight and not self._of_use(self._flight):
             self._drop(self._flight)
@@ -205,6 +219,8 @@ class Engine:
         """
         keys = keys or self.keys_of(request)
         assert not self.knows(request.uid), f"{request.uid} is open already"
+        if not self._has_seat:
+            return Wait.FOR_ROOM
         sequence = self._allocator.start(request, keys, request.longest)
         if isinstance(sequence, Sequence):
             self._parked[request.uid] = sequence
@@ -295,7 +311,7 @@ class Engine:
     def _admit(self) -> None:
         """Start waiting requests in order of arrival; one that waits for a prefix lets others pass."""
         still_waiting: deque[_Waiting] = deque()
-        while self._waiting:
+        while self._waiting and self._has_seat:
             waiting = self._waiting.popleft()
             started = self._allocator.start(waiting.request, waiting.keys, waiting.num_tokens)
             if isinstance(started, Sequence):
@@ -308,6 +324,12 @@ class Engine:
             if started is Wait.FOR_ROOM:
                 break
         self._waiting = still_waiting + self._waiting
+
+    @property
+    def _has_seat(self) -> bool:
+        """Whether one more may run, now or when it has come."""
+        coming = sum(not sequence.hands_over for sequence in self._parked.values())
+        return len(self._running) + coming < self._config.sequences
 
     def _launch(self, on_layer: OnLayer | None) -> Flight | None:
         """The next step, if there is anything to run."""
@@ -324,11 +346,18 @@ class Engine:
         """The step after one that runs, where it needs nothing of it that lies not on the device."""
         if not self._runner.can_run_ahead or self._config.num_drafts or flight.void:
             return None
+        if not self._runner.can_go_on:
+            return None
         batch = schedule_ahead(flight.batch, self._running.values())
         return self._runner.launch_ahead(batch, flight) if batch else None
 
     def _land(self, flight: Flight, ahead: Flight | None) -> SampleResult:
         """Wait for what a step has drawn; from then on `ahead` is the flight."""
+        try:
+            self._runner.confirm(flight)
+        except BaseException:
+            self._drop(ahead or flight)
+            raise
         try:
             self._drafts.read()
             drawn = flight.read(self._of_use(flight))

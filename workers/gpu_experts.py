@@ -7,15 +7,18 @@
 
 A step is every MoE layer of the plan, and in each every micro-batch; the number of a micro-batch is the slot
 of its messages. No device is asked anything meanwhile, so a plan that comes again is launched as one CUDA
-graph. Each attention GPU has an `ExpertStepper` with a carrier and a stream of its own; one thread may drive
-them all. A carrier that fails takes its stepper with it: close it, and pair anew under another epoch.
+graph. Each attention GPU has an `ExpertStepper` with a carrier and a stream of its own, driven by the thread
+of its seat (`expert_seats.py`). A carrier that fails takes its stepper with it: close it, and pair anew under
+another epoch.
 
 Shapes: T rows of a micro-batch, D width, k experts a row.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -29,8 +32,10 @@ from kernels.quantize_rows import GROUP
 from model.config import ModelConfig
 from model.fused.feed_forward import FusedExperts, Quantized
 from workers.transport.carrier import Carrier, Parcel, await_step
+from workers.transport.config import CarrierKind
 from workers.transport.message import MalformedMessage, Message
 from workers.transport.protocol import Deadline, DeadlineExceeded
+from workers.transport.slots import SlotPlan
 
 Step = Callable[[], None]
 """Puts all work of a step on the current stream."""
@@ -38,8 +43,8 @@ Step = Callable[[], None]
 STEP = 64  # kind of the message that tells a plan
 _DRAIN_POLL_SECONDS = 0.001
 _MOST_LAYERS = 256
-_MOST_GRAPHS = 256  # each keeps its launches in memory: a bucket of rows takes one, the MTP layer's another
-_MOST_QUEUED = 2  # steps launched and not over: the next one's host work is done while one runs
+_MOST_GRAPHS = 512  # each keeps its launches in memory: a bucket of rows takes one, the MTP layer's another
+_MOST_QUEUED = 8  # steps launched and not over: a pass of the model, those of its drafts, the next one
 
 
 class BadPlan(Exception):
@@ -109,6 +114,12 @@ def sums_parcel(config: ModelConfig, groups: range, num_rows: int) -> Parcel:
     return Parcel((((num_rows, config.hidden_size), torch.bfloat16),) * len(blocks_of(groups)))
 
 
+def slots_for(kind: CarrierKind, num_slots: int, incoming: Parcel, outgoing: Parcel) -> SlotPlan:
+    """Slots for what a peer sends; of nccl those of both ends are alike."""
+    room = max(incoming.num_bytes, outgoing.num_bytes) if kind == "nccl" else incoming.num_bytes
+    return SlotPlan(num_slots, room)
+
+
 def pack_rows(x: Quantized, experts: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
     """The tensors of a `rows_parcel`, without copying."""
     values, scales = x
@@ -135,10 +146,22 @@ class Runner(Protocol):
 
 
 class StreamRunner:
-    """A CUDA stream of its own, whose graphs share one pool of memory, as they run one after another."""
+    """A CUDA stream of its own, whose graphs share one pool of memory, as they run one after another.
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+    Args:
+        capturing: held while a graph is captured, by all runners of a process that have threads of their own.
+        is_urgent: its kernels go before those of others.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        capturing: AbstractContextManager[object] | None = None,
+        *,
+        is_urgent: bool = False,
+    ) -> None:
+        self._stream = torch.cuda.Stream(device, priority=-1 if is_urgent else 0)
+        self._capturing = capturing or threading.Lock()
         self._keeper = torch.cuda.CUDAGraph()  # a pool ends with the last graph that uses it
         self._record(self._keeper, lambda: torch.zeros(1, device=device))
 
@@ -164,7 +187,7 @@ class StreamRunner:
         *,
         beside: torch.cuda.CUDAGraph | None = None,
     ) -> None:
-        with torch.cuda.stream(self._stream):
+        with self._capturing, torch.cuda.stream(self._stream):
             # Not `torch.cuda.graph`: it would wait for the whole device, where others are at work. Relaxed:
             # what other threads do meanwhile is not ours to forbid.
             pool = beside.pool() if beside else None
@@ -197,7 +220,7 @@ class ExpertStepper:
         self._config, self._experts, self._carrier, self._runner = config, experts, carrier, runner
         self._max_rows, self._num_slots, self._step_seconds = max_rows, num_slots, step_seconds
         self._graphs: dict[StepPlan, Step] = {}
-        self._ends: deque[torch.cuda.Event] = deque()  # of the steps that are launched
+        self._ends: deque[tuple[torch.cuda.Event, Deadline]] = deque()  # of the steps that are launched
 
     def run(self, plan: StepPlan) -> None:
         """Launch a step. Its rows may come at any time from now on.
@@ -213,12 +236,24 @@ class ExpertStepper:
         self._wait(_MOST_QUEUED - 1)
         self._carrier.check()
         if graph := self._graphs.get(plan):
-            self._ends.append(self._runner.launch(graph))
+            self._launch(graph)
             return
         step = partial(self._answer_all, plan)
-        self._ends.append(self._runner.launch(step))
+        self._launch(step)
         if plan.captured:
             self._graphs[plan] = self._runner.capture(step)
+
+    def tend(self) -> None:
+        """Look after launched steps while nothing new comes; waits for nothing.
+
+        Raises:
+            CarrierFailed: one did not come to its end in time, or not all messages came.
+        """
+        while self._ends and self._ends[0][0].query():
+            self._ends.popleft()
+        if self._ends and self._ends[0][1].is_over:
+            self._carrier.abort("a step did not end in time")
+        self._carrier.check()
 
     def finish(self) -> None:
         """Until all launched steps are over.
@@ -240,7 +275,7 @@ class ExpertStepper:
         self._graphs.clear()  # first: a communicator that is in a graph does not let itself be aborted
         deadline = Deadline.after(self._step_seconds)
         while self._ends:
-            if self._ends[0].query():
+            if self._ends[0][0].query():
                 self._ends.popleft()
             elif deadline.is_over:
                 raise DeadlineExceeded(f"draining the stream of {self._carrier.peer}")
@@ -262,10 +297,14 @@ class ExpertStepper:
         if plan.captured and plan not in self._graphs and len(self._graphs) >= _MOST_GRAPHS:
             raise BadPlan(self._carrier.peer, f"{_MOST_GRAPHS} other plans have been captured")
 
+    def _launch(self, step: Step) -> None:
+        self._ends.append((self._runner.launch(step), Deadline.after(self._step_seconds)))
+
     def _wait(self, at_most: int) -> None:
         """Until no more than so many launched steps are not over."""
         while len(self._ends) > at_most:
-            await_step(self._ends[0], (self._carrier,), Deadline.after(self._step_seconds))
+            event, deadline = self._ends[0]
+            await_step(event, (self._carrier,), deadline)
             self._ends.popleft()
 
     @torch.inference_mode()

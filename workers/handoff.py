@@ -17,8 +17,7 @@ PUSHED says the same of pages that come from GPU to GPU by the way that GRANT na
 int64 [1]; epoch = the way's. A way that fails takes with it every lease that was granted with it.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass
 
 from model.pages import LayerPages
 from workers.transport.protocol import Deadline
@@ -26,7 +25,6 @@ from workers.wire import Why
 
 MESSAGE_BYTES = 8 * 2**20  # of pages in one message, or in one push
 MOST_PUSHES = 4  # under way from one GPU to another: announced, and not known to have landed
-OPENING_SECONDS = 60.0  # of a way: NCCL's first communicator, and kernels that are compiled first
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,6 @@ class Lease:
 
     digest: str
     seconds: float
-
-
-@dataclass(frozen=True)
-class WayConfig:
-    """How pages go from GPU to GPU: by which carrier, under which name, and how other hosts reach us."""
-
-    kind: Literal["ipc", "copy", "nccl"]
-    name: str
-    token: bytes = field(repr=False)
-    tcp_host: str | None = None
-
-    def named(self, end: str) -> "WayConfig":
-        """For ways of one direction, whose endpoints have names of their own."""
-        return replace(self, name=f"{self.name}/{end}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from model.checkpoint import Checkpoint, Weights, all_but_routed_experts, everyt
 from model.config import ModelConfig
 from model.decoder import DTYPES, Decoder, DTypeName
 from model.graphs import DecodeGraphs
-from model.moe import Experts, LocalExperts
+from model.moe import Experts, LocalExperts, NoSteps, steps_of
 from model.pages import PageCache, PageFormat
 from model.random_weights import RandomCheckpoint
 from workers.engine import Engine, EngineConfig
@@ -77,8 +77,11 @@ class LocalModel:
             progress=progress,
         )
         self.decoder = build_decoder(self.config, weights, experts, options)
-        # Experts elsewhere are asked by the host, and what a library asks it is not known.
-        self._can_record = options.kernels == "triton" and experts is None and not options.third_party
+        self.steps = steps_of(experts)
+        # Some experts elsewhere are asked by the host, and what a library asks it is not known.
+        is_asked = experts is not None and isinstance(self.steps, NoSteps)
+        self._can_record = options.kernels == "triton" and not is_asked and not options.third_party
+        self._splits = experts is not None
         assert not weights, f"loaded and not used: {sorted(weights)[:3]}"
 
     def cache(self, num_tokens: int) -> PageCache:
@@ -95,11 +98,20 @@ class LocalModel:
     def engine(self, config: EngineConfig, num_tokens: int) -> Engine:
         """An engine whose sequences hold at most so many tokens together."""
         cache = self.cache(num_tokens)
-        return Engine(self.decoder, cache, config, graphs=self.graphs(cache))
+        graphs = self.graphs(cache, config.micro_batches)
+        return Engine(self.decoder, cache, config, graphs=graphs, experts=self.steps)
 
-    def graphs(self, cache: PageCache) -> DecodeGraphs | None:
-        """Of decode steps over a cache; None where a step needs the host on its way."""
-        return DecodeGraphs(self.decoder, cache) if self._can_record else None
+    def graphs(self, cache: PageCache, micro_batches: int = 1) -> DecodeGraphs | None:
+        """Of decode steps over a cache; None where a step needs the host on its way.
+
+        Args:
+            micro_batches: of each, where experts are elsewhere.
+        """
+        if not self._can_record:
+            return None
+        return DecodeGraphs(
+            self.decoder, cache, experts=self.steps, micro_batches=micro_batches if self._splits else 1
+        )
 
 
 def open_checkpoint(directory: Path, options: ModelOptions) -> Checkpoint | RandomCheckpoint:

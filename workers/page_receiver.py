@@ -11,10 +11,11 @@ from model.errors import RequestError
 from model.pages import PageCache
 from workers.allocation import Wait
 from workers.engine import Engine
-from workers.handoff import MOST_PUSHES, OPENING_SECONDS, Lease, at_once, sooner, why_over
+from workers.handoff import MOST_PUSHES, Lease, at_once, sooner, why_over
 from workers.page_pool import pages_for
 from workers.sequence import Sequence
 from workers.transport.carrier import CarrierFailed
+from workers.transport.config import OPENING_SECONDS
 from workers.transport.message import MalformedMessage, Message, TransportError
 from workers.transport.protocol import Deadline, Endpoint, Peer
 from workers.wire import Adopted, Drop, Grant, HandOver, Kind, Reserve, pack

@@ -10,12 +10,13 @@ import torch
 from model.inputs import PAGE_SIZE
 from model.pages import PageCache
 from workers.engine import Engine
-from workers.handoff import OPENING_SECONDS, Lapse, Lease, at_once, sooner, why_over
+from workers.handoff import Lapse, Lease, at_once, sooner, why_over
 from workers.page_pool import pages_for
 from workers.schedule import Batch
 from workers.sequence import Request, Sequence, Token
 from workers.stages import HandedOver
 from workers.transport.carrier import CarrierFailed
+from workers.transport.config import OPENING_SECONDS
 from workers.transport.message import Message, TransportError
 from workers.transport.protocol import Address, Deadline, DeadlineExceeded, Endpoint, Peer
 from workers.wire import Drop, Grant, HandOver, Kind, Reserve, Why, pack

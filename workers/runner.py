@@ -16,6 +16,7 @@ from torch import Tensor
 from model.decoder import Decoder, MicroBatch
 from model.graphs import DecodeGraphs, HiddenRows, StepRows
 from model.inputs import MAX_DECODE_ROWS, ForwardInputs
+from model.moe import ExpertSteps
 from model.pages import PageCache
 from model.sampling import Drawing, SampleResult, SampleRow
 from model.transfer import take
@@ -82,6 +83,8 @@ class Flight:
         """Until it has landed, whatever it drew."""
         if self.drawn:
             self.drawn.wait()
+        elif self.rows.hidden.is_cuda:
+            torch.cuda.current_stream(self.rows.hidden.device).synchronize()
 
 
 class Runner:
@@ -90,37 +93,53 @@ class Runner:
     Args:
         micro_batches: into how many parts an eager step is cut.
         graphs: of the same model and cache, or None: every step is eager.
+        experts: are told of every pass.
     """
 
     def __init__(
-        self, model: Decoder, cache: PageCache, micro_batches: int, graphs: DecodeGraphs | None
+        self,
+        model: Decoder,
+        cache: PageCache,
+        micro_batches: int,
+        graphs: DecodeGraphs | None,
+        experts: ExpertSteps,
     ) -> None:
         self._model, self._cache, self._micro_batches, self._graphs = model, cache, micro_batches, graphs
+        self._experts = experts
 
     @property
     def can_run_ahead(self) -> bool:
         """Whether rows can be launched before the host knows their tokens."""
         return self._graphs is not None
 
-    def warm_up(self, chunk: int, num_drafts: int, *, decodes: bool) -> WarmedUp | None:
+    def warm_up(self, chunk: int, num_drafts: int, sequences: int, *, decodes: bool) -> WarmedUp | None:
         """Before anything lies in the pages; None where nothing is recorded, so that nothing would be gained.
 
         Args:
-            chunk, num_drafts: as of `EngineConfig`.
+            chunk, num_drafts, sequences: as of `EngineConfig`.
             decodes: whether decode steps are to come.
         """
         if self._graphs is None:
             return None
-        work = WarmUp(self._model, self._cache, self.draw, chunk, num_drafts)
+        work = WarmUp(self._model, self._cache, self.draw, chunk, num_drafts, sequences, self._experts)
         return work.run(self._graphs if decodes else None)
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a step may be launched behind another one, with the experts of that."""
+        return self._experts.is_current
+
     def launch(self, batch: Batch, on_layer: OnLayer | None, drafts: Tensor | None = None) -> Flight:
-        """Run a batch.
+        """Run a batch while nothing else is under way.
 
         Args:
             on_layer: is told of batches with prompts in them; decode steps may be graphs.
             drafts: [N], those that the host does not know (`speculate.UNKNOWN`), in order.
+
+        Raises:
+            Exception: of `ExpertSteps.prepare`; nothing has begun.
         """
+        self._experts.prepare()
         started = time.perf_counter()
         places: list[range] = []
         logit_rows: list[int] = []
@@ -155,6 +174,14 @@ class Runner:
         places = [range(i, i + 1) for i in range(len(sequences))]
         return Flight(batch, True, rows, drawn, places, started)
 
+    def confirm(self, flight: Flight) -> None:
+        """Wait for a step as far as its results depend on others.
+
+        Raises:
+            Exception: of `ExpertSteps.check`; they mean nothing.
+        """
+        self._experts.check(flight.wait)
+
     def draft(self, step: StepRows, hidden: Tensor, firsts: list[int]) -> Tensor:
         """Run the MTP module, filling its pages.
 
@@ -172,7 +199,8 @@ class Runner:
             runs = [range(first, first + count) for first, count in zip(firsts, counts, strict=True)]
             rows = take(hidden, [row for run in runs for row in run])
             starts = list(accumulate(counts[:-1], initial=0))
-            out = HiddenRows(self._model.draft(self._inputs(step), rows, self._cache), starts)
+            with self._experts.announce((len(rows),), is_draft=True, captured=False):
+                out = HiddenRows(self._model.draft(self._inputs(step), rows, self._cache), starts)
         return take(out.hidden, [first + count - 1 for first, count in zip(out.firsts, counts, strict=True)])
 
     def draw(self, hidden: Tensor, rows: list[SampleRow]) -> Drawing:
@@ -185,12 +213,12 @@ class Runner:
         assert drafts is None, "they are read before a prompt runs beside them"
         parts = [
             MicroBatch(self._inputs(_rows_of(part)), on_layer=partial(on_layer, part) if on_layer else None)
-            for part in (batch.halves() if self._micro_batches == 2 else (batch,))
+            for part in batch.parts(self._micro_batches)
         ]
-        if len(parts) == 1:
-            hidden = self._model.forward(parts[0].inputs, self._cache, on_layer=parts[0].on_layer)
-        else:
-            hidden = torch.cat(self._model.forward_in_turn(parts, self._cache))
+        counts = tuple(part.inputs.num_rows for part in parts)
+        with self._experts.announce(counts, is_draft=False, captured=False):
+            found = self._model.forward_in_turn(parts, self._cache)
+        hidden = found[0] if len(found) == 1 else torch.cat(found)
         return HiddenRows(
             hidden, list(accumulate((share.num_rows for share in batch.shares[:-1]), initial=0))
         )

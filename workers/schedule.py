@@ -45,14 +45,19 @@ class Batch:
         """Whether no prompt is in it; after the step that has changed."""
         return all(share.sequence.phase == "decode" for share in self.shares)
 
-    def halves(self) -> "tuple[Batch, ...]":
-        """Two runs of shares with rows as equal as whole sequences allow; one where there is one share."""
-        if len(self.shares) < 2:
-            return (self,)
-        before = accumulate(share.num_rows for share in self.shares[:-1])
-        distances = [abs(2 * rows - self.num_rows) for rows in before]
-        cut = 1 + distances.index(min(distances))
-        return Batch(self.shares[:cut]), Batch(self.shares[cut:])
+    def parts(self, count: int) -> "tuple[Batch, ...]":
+        """Runs of shares with rows as equal as whole sequences allow; fewer where there are fewer shares."""
+        parts, shares = [], self.shares
+        for left in range(count, 1, -1):
+            if len(shares) < 2:
+                break
+            rows = sum(share.num_rows for share in shares)
+            before = accumulate(share.num_rows for share in shares[:-1])
+            distances = [abs(left * taken - rows) for taken in before]
+            cut = 1 + distances.index(min(distances))
+            parts.append(Batch(shares[:cut]))
+            shares = shares[cut:]
+        return (*parts, Batch(shares))
 
 
 def schedule(running: Iterable[Sequence], max_rows: int) -> Batch:

@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.graphs import MOST_RECORDED, Bucket, DecodeGraphs
 from model.inputs import PAGE_SIZE, ForwardInputs
+from model.moe import ExpertSteps, NoSteps
 from model.pages import PageCache
 from model.sampling import Drawing, SampleRow
 from model.sampling_params import SamplingParams
@@ -26,7 +27,7 @@ from model.sampling_params import SamplingParams
 _log = logging.getLogger(__name__)
 
 MOST_SECONDS = 90.0  # nothing is begun later; with kernels compiled before it takes a fraction
-_MOST_SEQUENCES = 256  # of a step that is recorded beforehand
+MOST_SEQUENCES = 256  # of a step that is recorded beforehand
 _FEWEST_ROWS = 16  # of a prompt: fewer run the same kernels
 # Greedy, which alone is simpler, from the whole vocabulary, from part of it.
 _DRAWN = [
@@ -57,10 +58,22 @@ class WarmUp:
         draw: as `Runner.draw`.
         chunk: rows of a prompt that a step runs at most.
         num_drafts: that a step verifies of a sequence at most.
+        sequences: that a step has at most.
+        experts: are told of every pass; None where they need not be.
     """
 
-    def __init__(self, model: Decoder, cache: PageCache, draw: Draw, chunk: int, num_drafts: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        cache: PageCache,
+        draw: Draw,
+        chunk: int,
+        num_drafts: int,
+        sequences: int = MOST_SEQUENCES,
+        experts: ExpertSteps | None = None,
+    ) -> None:
         self._model, self._cache, self._draw = model, cache, draw
+        self._sequences, self._experts = sequences, experts or NoSteps()
         self._chunk, self._num_drafts = chunk, num_drafts
         self._room = cache.num_pages * PAGE_SIZE
 
@@ -68,6 +81,7 @@ class WarmUp:
     def run(self, graphs: DecodeGraphs | None, most_seconds: float = MOST_SECONDS) -> WarmedUp:
         """Prompts first, then what `graphs` is likely to be asked for; None where nothing is decoded."""
         started = time.perf_counter()
+        self._experts.prepare()
         prompts = list(self._prompts())
         steps = list(self._steps(graphs)) if graphs else []
         done = 0
@@ -103,28 +117,31 @@ class WarmUp:
         tokens = [[row % vocab_size for row in range(count)] for _, count in runs]
         pages = [list(range(-(-(start + count) // PAGE_SIZE))) for start, count in runs]
         inputs = ForwardInputs.build(tokens, [start for start, _ in runs], pages, self._model.device)
-        hidden = self._model.forward(inputs, self._cache)
+        rows = (inputs.num_rows,)
+        with self._experts.announce(rows, is_draft=False, captured=False):
+            hidden = self._model.forward(inputs, self._cache)
         if self._num_drafts:
-            self._model.draft(inputs, hidden, self._cache)
+            with self._experts.announce(rows, is_draft=True, captured=False):
+                self._model.draft(inputs, hidden, self._cache)
         for drawn in (_DRAWN[:1], _DRAWN):
             self._draw(hidden[:1].expand(len(drawn), -1).contiguous(), drawn).wait()
 
     def _steps(self, graphs: DecodeGraphs) -> Iterator[Callable[[], None]]:
         """The likeliest steps, of each number of rows that a sequence may have in one."""
         most_rows = 1 + self._num_drafts
-        shapes = likely_shapes(self._model.config, self._room)[: MOST_RECORDED // most_rows]
+        shapes = likely_shapes(self._model.config, self._room, self._sequences)[: MOST_RECORDED // most_rows]
         for num_sequences, context in shapes:
             for rows in range(most_rows, 0, -1):
                 yield partial(graphs.warm_up, num_sequences, context, rows)
 
 
-def likely_shapes(config: ModelConfig, room: int) -> list[tuple[int, int]]:
+def likely_shapes(config: ModelConfig, room: int, sequences: int = MOST_SEQUENCES) -> list[tuple[int, int]]:
     """Sequences and longest context of steps that may come, the likelier first.
 
     Those whose sequences, all about as long, find room. Powers of two come first, the shorter contexts before
     the longer: what lies between two of them runs the same kernels, so recording it later is cheap.
     """
-    sizes = {Bucket.of(n, 1, 1, config).num_sequences for n in range(1, _MOST_SEQUENCES + 1)}
+    sizes = {Bucket.of(n, 1, 1, config).num_sequences for n in range(1, min(sequences, MOST_SEQUENCES) + 1)}
     shapes = []
     for powers in (True, False):
         chosen = [n for n in sorted(sizes) if (n.bit_count() == 1) == powers]

@@ -4,6 +4,8 @@
     worker -> gateway     TOKENS, FAILED, STATUS, STAGES
     prefill -> decode     RESERVE, PAGES, PUSHED, HAND_OVER, DROP
     decode -> prefill     GRANT, ADOPTED, DROP
+    attention -> experts  JOIN, where rows go from GPU to GPU (`expert_seats.py`)
+    experts -> attention  SEAT, REFUSED
 
 PAGES and PUSHED are the kinds without JSON: header and tensors say all (`handoff.py`). Values are checked
 against their types when they are read; nothing is unpickled. A request's time left travels in the header's
@@ -49,6 +51,9 @@ class Kind(enum.IntEnum):
     ADOPTED = 36
     DROP = 37
     PUSHED = 38
+    JOIN = 65
+    SEAT = 66
+    REFUSED = 67
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ class Reserve:
 
 @dataclass(frozen=True)
 class WayAddress:
-    """Where the peer of a way for pages waits to be joined (`page_ways.py`). `epoch` names the pairing."""
+    """Where the peer of a way between two GPUs waits to be joined (`ways.py`). `epoch` names the pairing."""
 
     address: Address
     epoch: int
@@ -187,6 +192,26 @@ class Drop:
 
     uid: str
     why: Why
+
+
+@dataclass(frozen=True)
+class Join:
+    """Take a seat at experts: for so many micro-batches of so many rows, under that placement.
+
+    Where several want to be served, those go first who are urgent.
+    """
+
+    num_slots: int
+    max_rows: int
+    epoch: int
+    is_urgent: bool
+
+
+@dataclass(frozen=True)
+class Refused:
+    """There is no seat."""
+
+    reason: str
 
 
 def pack(kind: Kind, body: object, budget_us: int = 0) -> Message:

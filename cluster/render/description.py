@@ -26,9 +26,10 @@ def check(config: ClusterConfig, kubernetes: KubernetesSection) -> None:
         raise ConfigError(
             "", "prefill", "is missing: on Kubernetes prefill and decode have engines of their own"
         )
-    if config.carriers.pages in ("ipc", "copy"):
-        problem = f"is {config.carriers.pages}, which does not reach into another pod; host and nccl do"
-        raise ConfigError("", "carriers.pages", problem)
+    for key, kind in (("pages", config.carriers.pages), ("rows", config.carriers.rows)):
+        if kind in ("ipc", "copy"):
+            problem = f"is {kind}, which does not reach into another pod; host and nccl do"
+            raise ConfigError("", f"carriers.{key}", problem)
     for key in ("http_port", "grpc_port"):
         if getattr(gateway, key) < 1024:
             raise ConfigError("", f"gateway.{key}", f"is {getattr(gateway, key)}; choose one from 1024 on")

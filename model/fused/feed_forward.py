@@ -111,6 +111,26 @@ class FusedExperts:
         """As `QuantizedExperts`; nobody else is there to do it meanwhile, so it is done at once."""
         return Done(self.forward(layer, x, plan, shared()))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(iter(self._gate_up.values())).values.device
+
+    def warm_up(self, max_rows: int) -> None:
+        """Compile what batches of up to so many rows take: their number decides the tiles."""
+        config, device = self._config, self.device
+        layer = next(iter(self._gate_up))
+        sizes = [1 << i for i in range(max_rows.bit_length())]
+        for num_rows in {*sizes, max_rows}:
+            # Not random numbers: while another thread captures a graph they cannot be had.
+            x = torch.ones(num_rows, config.hidden_size, dtype=torch.bfloat16, device=device)
+            first = min(self.first, config.n_routed_experts - config.num_experts_per_tok)
+            chosen = torch.arange(first, first + config.num_experts_per_tok, device=device)
+            experts = chosen.int().repeat(num_rows, 1)
+            weights = torch.ones_like(experts, dtype=torch.float32)
+            plan = self.list_rows(experts, weights)
+            self.block_sums(layer, quantize_rows(x, backend=self._backend), plan)
+
     def holds(self, layer: int) -> bool:
         """Whether a layer's experts are here."""
         return layer in self._gate_up

@@ -86,7 +86,21 @@ def test_tracing_is_off_until_it_is_told_where_to_send(tmp_path: Path) -> None:
         ("model: {kernels: triton, device: cuda, dtype: bfloat16}", "goes with pages fp8, not full"),
         ("model: {kernels: triton, deterministic: true}", "goes with kernels: reference only"),
         ("model: {device: cuda, deterministic: true}", "goes with device: cpu only"),
-        (f"model: {{{GPU}}}\nexperts: {{placement: pool}}", "triton goes with experts.placement: local"),
+        (
+            f"model: {{{GPU}}}\nexperts: {{placement: pool}}",
+            "triton goes with experts.placement: local, or in a pool with carriers.rows: ipc, copy or nccl",
+        ),
+        (
+            f"model: {{{GPU}}}\ncarriers: {{rows: ipc}}",
+            "rows: ipc goes with model.kernels: triton and experts.placement: pool, not triton and local",
+        ),
+        (
+            "model: {device: cuda}\nexperts: {placement: pool}\ncarriers: {rows: nccl}",
+            "rows: nccl goes with model.kernels: triton and experts.placement: pool, not reference and pool",
+        ),
+        ("carriers: {rows: tcp}", "carriers.rows: is 'tcp'"),
+        ("engine: {micro_batches: 4}", "engine.micro_batches: is 4"),
+        ("engine: {sequences: 0}", "engine.sequences: is 0"),
         ("prefill: {gpus: 1.5}\ndecode: {}", "prefill.gpus: is 1.5"),
         ("model: {third_party: [deep_gemm]}", "third_party: goes with kernels triton only"),
         ("model: {weights: none}", "model.weights: is 'none'; it should be 'checkpoint' or 'random'"),
@@ -127,6 +141,16 @@ def test_the_description_of_make_serve_is_a_cluster_of_eight_expert_actors() -> 
     assert config.is_disaggregated
     assert (config.experts.placement, config.experts.nodes) == ("pool", 8)
     assert config.engine.config() == EngineConfig(num_drafts=3, adapt=True)
+
+
+def test_experts_of_a_pool_by_kernels_for_gpus(tmp_path: Path) -> None:
+    text = f"model: {{{GPU}}}\nexperts: {{placement: pool}}\ncarriers: {{pages: ipc, rows: nccl}}"
+    config = load(tmp_path, text)
+    assert (config.carriers.page_carrier, config.carriers.row_carrier) == ("ipc", "nccl")
+    engine = load(tmp_path, "engine: {micro_batches: 3, sequences: 100}").engine.config()
+    assert engine == EngineConfig(micro_batches=3, sequences=100)
+    plain = load(tmp_path, "{}").carriers
+    assert (plain.page_carrier, plain.row_carrier) == (None, None)
 
 
 def test_kernels_and_libraries_for_a_gpu(tmp_path: Path) -> None:

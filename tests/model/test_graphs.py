@@ -136,6 +136,29 @@ def test_filled_up_steps_are_the_steps(steps: Steps, counts: tuple[int, ...]) ->
         assert torch.equal(written(ours.latents), written(theirs.latents)), "the same slots are written"
 
 
+@pytest.mark.parametrize("micro_batches", [2, 3])
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (3, 1, 2, 4), (1, 0, 0, 0)])
+def test_micro_batches_are_the_step(steps: Steps, counts: tuple[int, ...], micro_batches: int) -> None:
+    rows, cache, other = steps.rows(*counts), steps.copy(), steps.copy()
+    expected = steps.eager(rows, cache)
+    graphs = DecodeGraphs(steps.decoder, other, None if steps.on_gpu else again, micro_batches=micro_batches)
+    with torch.inference_mode():
+        found = graphs.forward(rows)
+    assert_same(valid_rows(found.hidden, found.firsts, rows.counts), expected)
+    for ours, theirs in zip(other.layers, cache.layers, strict=True):
+        assert torch.equal(written(ours.latents), written(theirs.latents))
+
+
+def test_what_was_forgotten_is_recorded_anew(steps: Steps) -> None:
+    rows, cache = steps.rows(0, 1, 1, 1), steps.copy()
+    graphs = steps.graphs(cache)
+    with torch.inference_mode():
+        first = graphs.forward(rows).hidden.clone()
+        for _ in range(2):
+            graphs.forget()
+            assert torch.equal(graphs.forward(rows).hidden, first)
+
+
 def test_a_bucket_serves_other_steps_than_it_was_recorded_for(steps: Steps) -> None:
     """A larger step, then smaller ones of other sequences and rows: nothing of the last one is left."""
     cache, other = steps.copy(), steps.copy()

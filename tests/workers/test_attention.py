@@ -124,7 +124,7 @@ def test_a_numerical_failure_is_that_of_its_request(demo: LocalModel, oracle, mo
 def test_a_worker_whose_steps_fail_fails_its_requests_and_gives_up_in_the_end(
     demo: LocalModel, oracle, monkeypatch, num_failures: int
 ) -> None:
-    forward = Decoder.forward
+    forward = Decoder.forward_in_turn
     left = [num_failures]
 
     def broken(self: Decoder, *args: object, **kwargs: object) -> object:
@@ -138,7 +138,7 @@ def test_a_worker_whose_steps_fail_fails_its_requests_and_gives_up_in_the_end(
         monkeypatch.setattr("threading.excepthook", lambda _: None)
     with running(demo, "worker", "decode", is_idle_at_end=not is_lasting) as worker, client() as reader:
         reader.meet(worker)
-        monkeypatch.setattr(Decoder, "forward", broken)
+        monkeypatch.setattr(Decoder, "forward_in_turn", broken)
         for i in range(num_failures):
             reader.generate(Request(f"{i}", oracle["code"].prompt_ids, greedy(3)), worker, None)
             assert reader.why_failed(f"{i}") == "step_failed"

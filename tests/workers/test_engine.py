@@ -8,9 +8,10 @@ import torch
 from model.errors import PromptTooLong, RequestError
 from model.sampling_params import SamplingParams
 from tests.checkpoints import DEMO
+from workers.allocation import Wait
 from workers.engine import Engine, EngineConfig, NumericalFailure
 from workers.local import LocalModel, ModelOptions
-from workers.sequence import Request, Token
+from workers.sequence import Request, Sequence, Token
 
 
 def greedy(max_tokens: int = 32, **overrides: object) -> SamplingParams:
@@ -212,10 +213,31 @@ def test_requests_that_can_never_run_are_refused(
         ({"num_drafts": 4}, "drafts"),
         ({"num_drafts": -1}, "drafts"),
         ({"micro_batches": 0}, "micro_batches"),
-        ({"micro_batches": 3}, "micro_batches"),
+        ({"micro_batches": 4}, "micro_batches"),
+        ({"sequences": 0}, "sequences"),
     ],
 )
 def test_bad_engine_configurations_are_refused(config: dict[str, int], field: str) -> None:
     with pytest.raises(RequestError) as caught:
         EngineConfig(**config)
     assert caught.value.field == field
+
+
+def test_no_more_sequences_run_at_once_than_there_are_seats(demo: LocalModel, oracle) -> None:
+    """Those that are reserved for have a seat too; the others wait, and all get their answers."""
+    engine = demo.engine(EngineConfig(sequences=2), 4096)
+    prompt = oracle["code"].prompt_ids
+    assert isinstance(engine.reserve(Request("reserved", prompt, greedy(3))), Sequence)
+    for uid in ("a", "b", "c"):
+        engine.add(Request(uid, oracle["chat"].prompt_ids, greedy(3)))
+    tokens = engine.step()
+    assert engine.running_uids == ["a"]
+    assert engine.reserve(Request("more", prompt, greedy(3))) is Wait.FOR_ROOM
+    engine.cancel("reserved")
+    tokens += engine.step()
+    assert engine.running_uids == ["a", "b"]
+    while not engine.is_idle:
+        tokens += engine.step()
+    answers = {uid: [token.token_id for token in tokens if token.uid == uid] for uid in ("a", "b", "c")}
+    assert answers == dict.fromkeys(("a", "b", "c"), oracle["chat"].output_ids[:3])
+    engine.pool.check_idle()

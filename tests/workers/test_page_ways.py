@@ -10,11 +10,11 @@ import torch
 
 from model.pages import PageCache
 from tests.workers.workers import TOKEN, soon
-from workers import page_ways
-from workers.handoff import WayConfig
+from workers import page_ways, ways
 from workers.local import LocalModel
 from workers.page_ways import PageWay, PageWays
 from workers.transport.carrier import CarrierFailed
+from workers.transport.config import WayConfig
 
 
 class Carrier:
@@ -58,8 +58,7 @@ class Gpus:
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     found = Gpus()
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(page_ways, "pair", found.pair)
+    monkeypatch.setattr(ways, "pair", found.pair)
     monkeypatch.setattr(page_ways, "StagedPages", found.staged)
     return found
 
@@ -166,7 +165,7 @@ def test_what_does_not_pair_is_tried_anew(demo: LocalModel, gpus: Gpus) -> None:
 
 
 def test_nobody_joins(demo: LocalModel, gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_ways, "OPENING_SECONDS", 0.1)
+    monkeypatch.setattr(ways, "OPENING_SECONDS", 0.1)
     with both_ends(demo) as (_, into):
         way = into.open_for("prefill")
         soon(lambda: fails(way))

@@ -43,10 +43,10 @@ def test_nothing_to_run_is_an_empty_batch() -> None:
     assert schedule([], max_rows=8).shares == ()
 
 
-def test_halves_are_as_equal_as_whole_sequences_allow() -> None:
-    def halves(*sequences: Sequence) -> list[list[int]]:
+def test_parts_are_as_equal_as_whole_sequences_allow() -> None:
+    def halves(*sequences: Sequence, count: int = 2) -> list[list[int]]:
         batch = schedule(sequences, max_rows=1000)
-        parts = batch.halves()
+        parts = batch.parts(count)
         assert tuple(share for part in parts for share in part.shares) == batch.shares  # in order, none lost
         return [[share.num_rows for share in part.shares] for part in parts]
 
@@ -55,6 +55,9 @@ def test_halves_are_as_equal_as_whole_sequences_allow() -> None:
     assert halves(*(decoding(1) for _ in range(5))) == [[2, 2], [2, 2, 2]]
     assert halves(prefilling(100), *(decoding(0) for _ in range(8))) == [[1] * 8, [100]]
     assert halves(prefilling(10), prefilling(100), prefilling(60), prefilling(30)) == [[10, 100], [60, 30]]
+    assert halves(*(decoding(1) for _ in range(5)), count=3) == [[2, 2], [2], [2, 2]]
+    assert halves(decoding(0), decoding(3), count=3) == [[1], [4]]
+    assert halves(decoding(0), decoding(3), count=1) == [[1, 4]]
 
 
 def asking(**params: object) -> Sequence:

@@ -86,7 +86,7 @@ def running(
     """A worker at work; at the end it must hold nothing, unless it was ended in the middle of something."""
     config = config or EngineConfig()
     cache = model.cache(num_tokens)
-    engine = Engine(model.decoder, cache, config, SECRET)
+    engine = Engine(model.decoder, cache, config, SECRET, experts=model.steps)
     num_layers = model.config.num_hidden_layers + bool(config.num_drafts)
     endpoint = PeerEndpoint(EndpointConfig(name, TOKEN, limits=Limits(ring_bytes=ring_bytes)))
     worker = AttentionWorker(

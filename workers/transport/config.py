@@ -1,12 +1,31 @@
 """Who an endpoint is, and what it offers."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from workers.transport.handshake import MAX_NAME_BYTES, MIN_TOKEN_BYTES
 from workers.transport.limits import Limits
 from workers.transport.local import LocalSwitch
 from workers.transport.protocol import Peer
+
+CarrierKind = Literal["ipc", "copy", "nccl"]
+
+OPENING_SECONDS = 60.0  # of a way: NCCL's first communicator, and kernels that are compiled first
+
+
+@dataclass(frozen=True)
+class WayConfig:
+    """How one GPU reaches others: by which carrier, under which name, and how other hosts reach us."""
+
+    kind: CarrierKind
+    name: str
+    token: bytes = field(repr=False)
+    tcp_host: str | None = None
+
+    def named(self, end: str) -> "WayConfig":
+        """For ways to one end, whose endpoints have names of their own."""
+        return replace(self, name=f"{self.name}/{end}")
 
 
 @dataclass(frozen=True)

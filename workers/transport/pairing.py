@@ -13,12 +13,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from workers.transport.carrier import Carrier, CarrierFailed, Parcel, await_step
+from workers.transport.config import CarrierKind
 from workers.transport.copy_carrier import CopyCarrier
 from workers.transport.cuda_memory import HANDLE_BYTES, PeerMemory, handle_of
 from workers.transport.ipc_carrier import Inbox, IpcCarrier
@@ -26,8 +26,6 @@ from workers.transport.message import MalformedMessage, Message
 from workers.transport.nccl_carrier import UNIQUE_ID_BYTES, NcclCarrier, unique_id, within
 from workers.transport.protocol import Deadline, DeadlineExceeded, Endpoint, PeerLost, Received
 from workers.transport.slots import SlotPlan
-
-CarrierKind = Literal["ipc", "copy", "nccl"]
 
 _CODES: dict[CarrierKind, int] = {"ipc": 1, "copy": 2, "nccl": 3}  # they travel: never renumber
 _KEY_BYTES: dict[CarrierKind, tuple[int, ...]] = {

@@ -233,6 +233,16 @@ def test_the_documentation_lists_the_ports() -> None:
         ({"kubernetes__head": {"pods": 2}}, "kubernetes.head.pods"),
         ({"experts__spread": "strict", "kubernetes__experts": {"pods": 3}}, "kubernetes.experts.pods"),
         ({"model__device": "cuda", "carriers": {"pages": "ipc"}}, "carriers.pages"),
+        (
+            {
+                "model__device": "cuda",
+                "model__dtype": "bfloat16",
+                "model__pages": "fp8",
+                "model__kernels": "triton",
+                "carriers": {"rows": "copy"},
+            },
+            "carriers.rows",
+        ),
         ({"gateway__http_port": 0}, "gateway.http_port"),
         ({"gateway__grpc_port": 443}, "gateway.grpc_port"),
         ({"gateway__tls": {"certificate": "a", "key": "b"}}, "gateway.tls"),
