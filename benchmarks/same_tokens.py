@@ -144,15 +144,21 @@ async def together(backend: ClusterBackend, all_requests: list[Request]) -> list
 
 
 def expected_answers(variant: dict[str, Any], requests: list[Request]) -> list[list[int]]:
-    """Those of one engine; of the kernels for GPUs with the rounding of one expert actor."""
+    """Those of one engine. That of the kernels for GPUs rounds what travels, and cuts prompts as the cluster
+    does: their bits depend on both, and FP8 rows make other tokens of other bits.
+    """
     if variant.get("kernels") == "triton":
         # Imported where they run: Triton is not to be had everywhere.
-        from benchmarks.split_tokens import in_one_process
+        from benchmarks.split_tokens import OPTIONS, in_one_process
 
-        config = ModelConfig.load(DEMO)
-        nobody = [Address("experts-0")]
-        placement = ExpertPlacement.even(0, config.n_routed_experts, config.n_group, nobody)
-        engine = in_one_process(placement, EngineConfig(), TOKENS_AN_ACTOR)
+        engine_config = EngineConfig(variant["chunk"])
+        if variant["experts"] == "local":
+            engine = LocalModel(DEMO, OPTIONS).engine(engine_config, TOKENS_AN_ACTOR)
+        else:
+            config = ModelConfig.load(DEMO)
+            nobody = [Address("experts-0")]
+            placement = ExpertPlacement.even(0, config.n_routed_experts, config.n_group, nobody)
+            engine = in_one_process(placement, engine_config, TOKENS_AN_ACTOR)
         return [alone(engine, request) for request in requests]
     model = LocalModel(DEMO, ModelOptions(pages=variant["pages"], kernels="deterministic"))
     rooms = [len(request.prompt_ids) + request.params.max_tokens for request in requests]
@@ -178,8 +184,9 @@ def main() -> int:
     work = []
     for variant in variants:
         longest = min(options.longest, variant.get("longest", options.longest))
-        asked, kernels = requests(options.requests, longest), variant.get("kernels", "")
-        key = f"{kernels} {variant['pages']} {longest} {options.requests}".strip()
+        asked, key = requests(options.requests, longest), f"{variant['pages']} {longest} {options.requests}"
+        if "kernels" in variant:
+            key += f" {variant['kernels']} {variant['experts']} {variant['chunk']}"
         work.append((variant, asked, key))
         if key not in expected:
             expected[key] = expected_answers(variant, asked)
