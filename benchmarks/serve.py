@@ -1,6 +1,6 @@
 """What clients of a process or a cluster see: tokens a second, time to the first token and between tokens.
 
-    python -m benchmarks.serve [--full-width] [--disaggregated] [--streams 1 4 16 64] [--out FOLDER] ..
+    python -m benchmarks.serve [--full-width] [--apart roles|experts] [--streams 1 4 16 64] [--out FOLDER] ..
 
 A gateway in this process, on a port of its own, and clients in another one: `streams` of them at a time, each
 of which sends a streaming request and, when it is answered, the next. Every prompt is another (random ids),
@@ -8,7 +8,8 @@ so that no cached page helps. Before each measured round runs one like it, in wh
 graphs captured. Without `--full-width` it is the demo on the CPU; with it, on a GPU, the first 5 layers of
 the 671B shape with random weights: three dense, two with all 256 experts. A whole model has 61, over many
 GPUs, so only what does not grow with layers (gateway, scheduling, gaps between steps) carries over as it is.
-With `--disaggregated` a worker of each role runs it, started by Ray: on GPUs one each, pages going over NCCL.
+With `--apart` a worker of each role runs it, started by Ray: `roles` have a GPU each, and pages go over NCCL;
+`experts` have a GPU of their own, both roles share the other, and rows go by CUDA IPC.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h11
 import torch
@@ -38,6 +39,8 @@ from cluster.gateway.server import GatewayServer
 from cluster.launch import start_backend
 from model.config import CONFIG_FILE, ModelConfig
 from model.tokenizer import TOKENIZER_FILE
+
+Apart = Literal["roles", "experts"]
 
 LAYERS = 5  # of the full width: three dense ones, two with experts
 REQUESTS = 2  # of each client in a measured round
@@ -79,9 +82,7 @@ class Round:
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--full-width", action="store_true", help="5 layers of the 671B shape, on a GPU")
-    parser.add_argument(
-        "--disaggregated", action="store_true", help="prefill and decode apart; on two GPUs with --full-width"
-    )
+    parser.add_argument("--apart", choices=["roles", "experts"], help="on two GPUs with --full-width")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64], help="clients at a time")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
@@ -90,10 +91,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     loads = [Load(streams, options.prompt, options.tokens) for streams in options.streams]
     with tempfile.TemporaryDirectory() as folder:
         model = full_width(Path(folder)) if options.full_width else {"directory": DEMO}
-        rounds = asyncio.run(measure(model, loads, options.disaggregated))
+        rounds = asyncio.run(measure(model, loads, options.apart))
     print(table(rounds))
     if options.out:
-        name = ("full_width" if options.full_width else "demo") + "_apart" * options.disaggregated
+        name = ("full_width" if options.full_width else "demo") + (
+            f"_{options.apart}_apart" if options.apart else ""
+        )
         _save(options.out, rounds, loads, name)
 
 
@@ -119,7 +122,7 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     shutil.copy(DEMO / "tokenizer_config.json", directory)
 
 
-def description(model: dict[str, Any], loads: Sequence[Load], disaggregated: bool) -> ClusterConfig:
+def description(model: dict[str, Any], loads: Sequence[Load], apart: Apart | None) -> ClusterConfig:
     """A server with room for the largest load."""
     most = max(loads, key=lambda load: load.streams)
     room = most.streams * (most.prompt + most.tokens + 128)
@@ -128,15 +131,21 @@ def description(model: dict[str, Any], loads: Sequence[Load], disaggregated: boo
         "engine": {"tokens": room, "max_waiting": most.streams},
         "gateway": {"http_port": 0, "grpc_port": 0},
     }
-    if disaggregated:
-        facts |= {role: {"tokens": room} for role in ("prefill", "decode")}
-        facts["carriers"] = {"pages": "nccl" if model.get("device") == "cuda" else "host"}
+    on_gpus = model.get("device") == "cuda"
+    if apart:
+        share = 0.5 if apart == "experts" else 1.0
+        facts |= {role: {"tokens": room, "gpus": share} for role in ("prefill", "decode")}
+    if apart == "roles" and on_gpus:
+        facts["carriers"] = {"pages": "nccl"}
+    if apart == "experts":
+        facts["experts"] = {"placement": "pool", "nodes": 1, "layer_seconds": READY_SECONDS}
+        facts["carriers"] = {"pages": "ipc", "rows": "ipc"} if on_gpus else {}
     return ClusterConfig.model_validate(facts)
 
 
-async def measure(model: dict[str, Any], loads: Sequence[Load], disaggregated: bool = False) -> list[Round]:
+async def measure(model: dict[str, Any], loads: Sequence[Load], apart: Apart | None = None) -> list[Round]:
     """One gateway, a round for each load, and one like it before to warm up."""
-    config = description(model, loads, disaggregated)
+    config = description(model, loads, apart)
     with ExitStack() as stack:
         backend = start_backend(config, stack, print)
         backend.start()
