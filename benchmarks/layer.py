@@ -214,7 +214,8 @@ class LayerBench:
     def _head(self) -> torch.Tensor:
         """[vocab, D]: two gigabytes that few points need."""
         shape = self._config.vocab_size, self._config.hidden_size
-        return torch.empty(shape, dtype=torch.bfloat16, device=self._device).normal_(0, shape[1] ** -0.5)
+        dtype = torch.bfloat16 if self._backend == "triton" else torch.float32
+        return torch.empty(shape, dtype=dtype, device=self._device).normal_(0, shape[1] ** -0.5)
 
     def _weights(self, wanted: Wanted) -> Weights:
         return random_weights(self._config, wanted, device=self._device)

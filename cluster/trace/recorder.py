@@ -6,10 +6,10 @@ of the times. They are wall times of the host: with a device that runs behind it
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.gate_topk import gate_topk
 from model.checkpoint import Checkpoint, Weights, routed_experts
 from model.config import ModelConfig
-from model.decoder import DTYPES, Decoder, Layer, Trace
+from model.decoder import DTYPES, Decoder, Layer, MicroBatch, Trace
 from model.inputs import ForwardInputs
 from model.layout import TensorSpec
 from model.moe import DispatchPlan, Experts, LocalExperts, PendingSum
@@ -170,13 +170,12 @@ class WatchedDecoder(Decoder):
         self._recorder = recorder
         self.layers = [_timed_layer(layer, recorder) for layer in decoder.layers]
 
-    def forward(
-        self, inputs: ForwardInputs, cache: PageCache, trace: Trace | None = None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        trace = trace or Trace()
+    def forward_in_turn(self, batches: Sequence[MicroBatch], cache: PageCache) -> list[Tensor]:
+        assert len(batches) == 1, "one request is traced at a time"
+        trace = batches[0].trace or Trace()
         with self._recorder.run("forward") as run:
-            hidden = super().forward(inputs, cache, trace, *args, **kwargs)
-        self._note(run, inputs, trace)
+            hidden = super().forward_in_turn([replace(batches[0], trace=trace)], cache)
+        self._note(run, batches[0].inputs, trace)
         return hidden
 
     def draft(
