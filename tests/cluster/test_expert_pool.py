@@ -12,7 +12,7 @@ from cluster.ray_runtime import local_ray
 from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from tests.checkpoints import DEMO
-from workers.dispatch import DispatchError, RemoteExperts
+from workers.dispatch import RemoteExperts
 from workers.engine import Engine, EngineConfig
 from workers.local import LocalModel, ModelOptions
 from workers.sequence import Request
@@ -33,7 +33,7 @@ def pool() -> Iterator[ExpertPool]:
 @pytest.fixture(scope="module")
 def experts(pool: ExpertPool) -> Iterator[RemoteExperts]:
     endpoint = PeerEndpoint(EndpointConfig("attention", pool.token))
-    yield RemoteExperts(endpoint, pool, topk_group=4, layer_seconds=5.0)
+    yield RemoteExperts(endpoint, pool, topk_group=4, layer_seconds=60.0)
     endpoint.close()
 
 
@@ -60,11 +60,6 @@ def answer(engine: Engine, prompt_ids: tuple[int, ...], uid: str) -> list[int]:
     return tokens
 
 
-def answer_until_it_fails(engine: Engine, prompt_ids: tuple[int, ...], deadline: float) -> None:
-    while time.monotonic() < deadline:
-        answer(engine, prompt_ids, "during")
-
-
 @pytest.mark.parametrize("num_drafts", [0, 2])
 def test_eight_actors_give_the_tokens_of_one_process(
     model: LocalModel, experts: RemoteExperts, num_drafts: int
@@ -77,25 +72,22 @@ def test_eight_actors_give_the_tokens_of_one_process(
     assert experts.stats.copies <= 4 * experts.stats.tokens
 
 
-def test_a_killed_actor_is_an_error_at_once_and_the_pool_comes_back(
-    model: LocalModel, pool: ExpertPool
+def test_a_killed_actor_costs_a_pause_and_no_token(
+    model: LocalModel, pool: ExpertPool, experts: RemoteExperts
 ) -> None:
     prompt_ids, expected = oracle("code")
     engine = model.engine(EngineConfig(), 256)
     assert answer(engine, prompt_ids, "before") == expected
     epoch = pool.current().epoch
     ray.kill(pool._actors[3])
-    killed = time.monotonic()
-    with pytest.raises(DispatchError):
-        answer_until_it_fails(engine, prompt_ids, killed + 10)
-    assert time.monotonic() - killed < 8  # far less on an idle machine
-    engine.pool.check_idle()
     deadline = time.monotonic() + 60
     while pool.current().epoch == epoch:
         assert time.monotonic() < deadline, "no new actor within a minute"
-        time.sleep(0.1)
+        assert answer(engine, prompt_ids, "meanwhile") == expected
+    assert experts.stats.retries > 0
     assert answer(engine, prompt_ids, "after") == expected
     assert len(pool.stats()) == 8
+    engine.pool.check_idle()
 
 
 def test_actors_that_take_too_long_are_given_up_and_the_key_is_named(pool: ExpertPool) -> None:
