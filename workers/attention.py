@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from model.errors import RequestError
 from model.pages import PageCache
-from workers.dispatch import DispatchError, DispatchStats
+from workers.dispatch import DispatchError, DispatchStats, WorkerFailed
 from workers.engine import Engine, NumericalFailure
 from workers.handoff import Lapse, Lease
 from workers.page_receiver import Arrival, PageReceiver
@@ -143,7 +143,9 @@ class AttentionWorker:
             self._fail(list(error.uids), "numerical_error")
         except (DispatchError, TransportError) as error:
             _log.warning("a step failed: %s", error)
-            self._fail(self._engine.running_uids, "experts_lost")
+            # Experts that are away come back; those that answer wrongly would do so again.
+            why: Why = "step_failed" if isinstance(error, WorkerFailed) else "experts_lost"
+            self._fail(self._engine.running_uids, why)
         except Exception:
             _log.exception("a step failed")
             self._failures += 1

@@ -40,10 +40,10 @@ class EngineConfig:
     """How an engine runs.
 
     `chunk` is how many rows a step has at most (decode rows excepted); `num_drafts` how many tokens the MTP
-    module guesses ahead, at most where they `adapt` to what they cost and are worth. With two or
-    three `micro_batches` a part of a step's sequences computes attention while the others' rows are at the
-    experts, which gains
-    nothing where these are in the same process. At most so many `sequences` run at once; others wait.
+    module guesses ahead, at most where they `adapt` to what they cost and are worth. With two or three
+    `micro_batches` a part of a step's sequences computes attention while the others' rows are at the experts,
+    which gains nothing where these are in the same process. At most so many `sequences` run at once; others
+    wait.
     """
 
     chunk: int = 2048

@@ -21,7 +21,7 @@ from cluster.gateway.errors import (
     as_refusal,
 )
 from cluster.gateway.stream import QueuedStream
-from workers.dispatch import DispatchError, DispatchStats
+from workers.dispatch import DispatchError, DispatchStats, WorkerFailed
 from workers.engine import Engine, NumericalFailure
 from workers.load import WorkerLoad
 from workers.sequence import Request, Token
@@ -203,7 +203,8 @@ class EngineBackend:
                 is_lost = isinstance(error, _NOT_THE_ENGINES_FAULT)
                 failures += not is_lost
                 self._broken = failures >= _MAX_FAILURES
-                self._give_up(ExpertsLost() if is_lost else StepFailed())
+                is_worth_waiting = is_lost and not isinstance(error, WorkerFailed)
+                self._give_up(ExpertsLost() if is_worth_waiting else StepFailed())
                 if self._broken:
                     self._call(self._fail_all, StepFailed())
                     return

@@ -20,8 +20,8 @@ from workers.sequence import Token
 _log = logging.getLogger(__name__)
 
 _PAUSES = (0.0, 0.2, 1.0, 2.0, 4.0)  # before a replay; the last one before all that follow
-_MOST_LOST = 5  # workers: a request that ends its worker must not go through all of them
-_MOST_FAILED = 1  # steps: one that fails its step must not break its worker
+_MOST_LOST = 5  # replays after that: a request that ends its worker must not go through all of them
+_MOST_FAILED = 1  # replays after a failed step: one that fails every step must not break its worker
 _RETRY_SECONDS = 0.2  # while nobody can take it
 
 

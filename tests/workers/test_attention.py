@@ -6,10 +6,12 @@ import torch
 from model.decoder import Decoder
 from model.sampling_params import SamplingParams
 from tests.workers.workers import client, running, soon, stranger
+from workers.dispatch import WorkerFailed, WorkerLost
 from workers.engine import EngineConfig
 from workers.local import LocalModel
 from workers.sequence import Request
 from workers.transport.message import Message
+from workers.transport.protocol import DeadlineExceeded
 from workers.wire import Generate, Kind, pack, short_key
 
 
@@ -148,6 +150,32 @@ def test_a_worker_whose_steps_fail_fails_its_requests_and_gives_up_in_the_end(
         else:
             reader.generate(Request("r", oracle["code"].prompt_ids, greedy(3)), worker, None)
             assert reader.answers("r")["r"] == oracle["code"].output_ids[:3]
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (WorkerLost("experts", "gone"), "experts_lost"),
+        (DeadlineExceeded("a layer"), "experts_lost"),
+        (WorkerFailed("experts", "it answered nonsense"), "step_failed"),
+    ],
+    ids=["lost", "late", "wrong"],
+)
+def test_experts_that_fail_a_step_do_not_end_the_worker(
+    demo: LocalModel, oracle, monkeypatch, error: Exception, why: str
+) -> None:
+    def broken(*args: object, **kwargs: object) -> object:
+        raise error
+
+    with running(demo, "worker", "decode") as worker, client() as reader:
+        reader.meet(worker)
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "forward_in_turn", broken)
+            for i in range(4):
+                reader.generate(Request(f"{i}", oracle["code"].prompt_ids, greedy(3)), worker, None)
+                assert reader.why_failed(f"{i}") == why
+        reader.generate(Request("r", oracle["code"].prompt_ids, greedy(3)), worker, None)
+        assert reader.answers("r")["r"] == oracle["code"].output_ids[:3]
 
 
 def test_who_watches_knows_the_pages_at_first_and_ever_after(demo: LocalModel, oracle) -> None:
